@@ -1,0 +1,139 @@
+"""The Python SDK for the ConceptViz REST API: text prompts, and images to edit, become diagrams.
+
+Only names live here. They are loaded when they are first used, so that `import conceptviz` costs next to nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from ._version import __version__
+
+if TYPE_CHECKING:
+    from ._client import AsyncConceptViz
+    from ._errors import (
+        APIStatusError,
+        AuthenticationError,
+        BadRequestError,
+        ConceptVizError,
+        Credits,
+        DownloadError,
+        GenerationFailedError,
+        InsufficientCreditsError,
+        InvalidImageError,
+        InvalidRequestError,
+        ModerationBlockedError,
+        NotSentError,
+        PlanError,
+        PlanLimitExceededError,
+        PollInterruptedError,
+        RateLimitedError,
+        ServerError,
+        SubmissionUnknownError,
+        TaskNotFoundError,
+        UnexpectedResponseError,
+        WaitTimeoutError,
+    )
+    from ._events import Completed, Event, EventHook, Failed, Polled, Retrying, Saved, Submitted
+    from ._models import (
+        EditRequest,
+        GenerateRequest,
+        Image,
+        ImageInput,
+        Polling,
+        Prompts,
+        Result,
+        Retries,
+        Submission,
+        TaskState,
+        Unchecked,
+    )
+    from ._spec import AspectRatio, Model, Quality
+    from ._sync import ConceptViz, Task
+    from ._task import AsyncTask
+
+__all__ = [
+    "APIStatusError",
+    "AspectRatio",
+    "AsyncConceptViz",
+    "AsyncTask",
+    "AuthenticationError",
+    "BadRequestError",
+    "Completed",
+    "ConceptViz",
+    "ConceptVizError",
+    "Credits",
+    "DownloadError",
+    "EditRequest",
+    "Event",
+    "EventHook",
+    "Failed",
+    "GenerateRequest",
+    "GenerationFailedError",
+    "Image",
+    "ImageInput",
+    "InsufficientCreditsError",
+    "InvalidImageError",
+    "InvalidRequestError",
+    "Model",
+    "ModerationBlockedError",
+    "NotSentError",
+    "PlanError",
+    "PlanLimitExceededError",
+    "PollInterruptedError",
+    "Polled",
+    "Polling",
+    "Prompts",
+    "Quality",
+    "RateLimitedError",
+    "Result",
+    "Retries",
+    "Retrying",
+    "Saved",
+    "ServerError",
+    "Submission",
+    "SubmissionUnknownError",
+    "Submitted",
+    "Task",
+    "TaskNotFoundError",
+    "TaskState",
+    "Unchecked",
+    "UnexpectedResponseError",
+    "WaitTimeoutError",
+    "__version__",
+]
+
+_HOMES = {
+    "_spec": {"AspectRatio", "Model", "Quality"},
+    "_client": {"AsyncConceptViz"},
+    "_task": {"AsyncTask"},
+    "_sync": {"ConceptViz", "Task"},
+    "_events": {"Completed", "Event", "EventHook", "Failed", "Polled", "Retrying", "Saved", "Submitted"},
+    "_models": {
+        "EditRequest",
+        "GenerateRequest",
+        "Image",
+        "ImageInput",
+        "Polling",
+        "Prompts",
+        "Result",
+        "Retries",
+        "Submission",
+        "TaskState",
+        "Unchecked",
+    },
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home = next((home for home, names in _HOMES.items() if name in names), "_errors")
+    value = getattr(importlib.import_module(f"{__name__}.{home}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
