@@ -1,0 +1,362 @@
+"""Finished images: fetched from the image host, verified, and written so that a file is there whole or not at all.
+
+Rules: an HTTP client of its own, which never holds the key. The bytes are kept exactly as received. Nothing that the
+host says decides a file's name or kind: the name is the task's id and the image's index, the extension comes from the
+leading bytes. Files are written in worker threads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+import re
+import secrets
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from pathlib import Path
+from random import Random
+from typing import IO
+from urllib.parse import urljoin, urlsplit
+
+import anyio
+import httpx
+from anyio import to_thread
+
+from ._config import is_loopback, is_private
+from ._errors import DownloadError, InvalidRequestError
+from ._events import Event, Retrying
+from ._images import FORMATS, HEAD_BYTES, TAIL_BYTES, ends_properly, sniff
+from ._models import Image, Retries
+from ._policy import retry_delay
+from ._transport import LoopBound, open_http_client, read_body
+
+MAX_IMAGE_BYTES = 64 * 2**20
+MAX_REDIRECTS = 3
+# A stalled download ends after the client's timeout; one that moves may take this many times longer.
+PATIENCE = 10.0
+# Handed to a worker thread at a time: large enough that the hops cost little, small enough to hold in memory.
+_BLOCK = 512 * 1024
+_EXPIRED = frozenset({403, 404, 410})
+
+
+class Expired(Exception):  # noqa: N818 - a signal to look at the task once more, not an error
+    """The image host no longer knows the URL."""
+
+
+class _Unusable(Exception):  # noqa: N818 - not an error yet: another attempt may do better
+    """A download that brought no usable image. Never leaves this module.
+
+    Args:
+        reason: What is wrong with it.
+        final: Whether another attempt would only bring the same.
+    """
+
+    def __init__(self, reason: str, *, final: bool = False) -> None:
+        super().__init__(reason)
+        self.final = final
+
+
+class _Sink:
+    """Where an image's bytes go, counted, hashed and checked on the way."""
+
+    def __init__(self, file: IO[bytes] | None) -> None:
+        self._file = file
+        self._hash = hashlib.sha256()
+        self._parts: list[bytes] = []
+        self.size = 0
+        self.head = b""
+        self.tail = b""
+
+    def write(self, block: list[bytes]) -> None:
+        for part in block:
+            self.size += len(part)
+            if len(self.head) < HEAD_BYTES:
+                self.head += part[: HEAD_BYTES - len(self.head)]
+            self.tail = part[-TAIL_BYTES:] if len(part) >= TAIL_BYTES else (self.tail + part)[-TAIL_BYTES:]
+            self._hash.update(part)
+            if self._file is not None:
+                self._file.write(part)
+            else:
+                self._parts.append(part)
+
+    @property
+    def sha256(self) -> str:
+        return self._hash.hexdigest()
+
+    @property
+    def content(self) -> bytes:
+        return b"".join(self._parts)
+
+
+class Downloads:
+    """The image host.
+
+    Args:
+        timeout: Seconds a connection may stay silent; a whole download may take PATIENCE times as long.
+        retries: How often a download is tried.
+        max_connections: How many downloads may run at a time.
+        transport: The caller's own httpx transport, or None.
+        allow_loopback: Whether images may come from this machine over http, as the simulator's do.
+        emit: Called with each event.
+        rng: The randomness of the pauses.
+    """
+
+    def __init__(
+        self,
+        *,
+        timeout: float,
+        retries: Retries,
+        max_connections: int,
+        transport: httpx.AsyncBaseTransport | None,
+        allow_loopback: bool,
+        emit: Callable[[Event], Awaitable[None]],
+        rng: Random,
+    ) -> None:
+        self._timeout = timeout
+        self._retries = retries
+        self._allow_loopback = allow_loopback
+        self._emit = emit
+        self._rng = rng
+        self._http = LoopBound(
+            lambda: open_http_client(
+                transport, timeout=timeout, max_connections=max_connections, proxies=not allow_loopback
+            ),
+            max_connections,
+        )
+
+    async def read(self, image: Image) -> bytes:
+        """Fetch an image into memory.
+
+        Raises:
+            DownloadError: It could not be fetched or is not what it should be.
+            Expired: The URL is no longer known.
+        """
+        return (await self._fetch(image, None)).content
+
+    async def save(self, image: Image, folder: Path, *, overwrite: bool) -> Path:
+        """Fetch an image into a folder, which is made if need be.
+
+        Raises:
+            DownloadError: It could not be fetched, is not what it should be, or could not be written.
+            Expired: The URL is no longer known.
+        """
+        stem = file_stem(image)
+        try:
+            known = await to_thread.run_sync(_find_saved, folder, stem, image.sha256)
+            if known is not None:
+                return known
+            partial = folder / f".{stem}.{secrets.token_hex(4)}.part"
+            file = await to_thread.run_sync(_create, partial)
+            try:
+                with file:
+                    sink = await self._fetch(image, file)
+                    await to_thread.run_sync(_sync, file)
+                kind = sniff(sink.head)
+                assert kind is not None  # _fetch has seen to it
+                path = folder / f"{stem}{kind.extension}"
+                return await to_thread.run_sync(_publish, partial, path, sink.sha256, overwrite)
+            finally:
+                with suppress(OSError):
+                    partial.unlink(missing_ok=True)
+        except FileExistsError as error:
+            raise self._failed(
+                image,
+                f"{error.filename} exists with other bytes; overwrite=True replaces it",
+                path=Path(str(error.filename)),
+            ) from None
+        except OSError as error:
+            raise self._failed(image, f"it could not be written: {error}", path=folder) from error
+
+    async def aclose(self) -> None:
+        """Close the connections."""
+        await self._http.aclose()
+
+    async def _fetch(self, image: Image, file: IO[bytes] | None) -> _Sink:
+        for attempt in itertools.count(1):
+            sink = _Sink(file)
+            try:
+                await self._receive(image, sink)
+                _verify(image, sink)
+            except _Unusable as unusable:
+                error = self._failed(image, str(unusable))
+                delay = None if unusable.final else retry_delay(error, attempt, self._retries, self._rng, spends=False)
+            else:
+                return sink
+            if delay is None:
+                raise error
+            await self._emit(Retrying(task_id=image.task_id, attempt=attempt, delay=delay, error=error))
+            await anyio.sleep(delay)
+            if file is not None:
+                file.seek(0)
+                file.truncate()
+        raise AssertionError("unreachable")  # pragma: no cover - itertools.count has no end
+
+    async def _receive(self, image: Image, sink: _Sink) -> None:
+        client, limiter = self._http.get()
+        reason = ""
+        async with limiter:
+            with anyio.move_on_after(self._timeout * PATIENCE) as scope:
+                try:
+                    response = await self._open(client, image.url)
+                    try:
+                        await self._drain(response, sink)
+                    finally:
+                        with anyio.CancelScope(shield=True), anyio.move_on_after(1):
+                            await response.aclose()
+                except (httpx.HTTPError, httpx.StreamError, httpx.InvalidURL) as error:
+                    reason = f"the connection to the image host failed ({type(error).__name__})"
+        if scope.cancelled_caught:
+            reason = f"it took longer than {self._timeout * PATIENCE:g} s"
+        if reason:
+            raise _Unusable(reason)
+
+    async def _open(self, client: httpx.AsyncClient, url: str) -> httpx.Response:
+        """Ask for an image, following at most three redirects, each one checked."""
+        for _ in range(MAX_REDIRECTS + 1):
+            self._check_url(url)
+            response = await client.send(client.build_request("GET", url), stream=True)
+            if response.status_code == 200:
+                return response
+            await response.aclose()
+            if response.status_code in _EXPIRED:
+                raise Expired
+            location = response.headers.get("location")
+            if response.status_code not in {301, 302, 303, 307, 308} or location is None:
+                raise _Unusable(f"the image host answered with HTTP {response.status_code}")
+            url = urljoin(url, location)
+        raise _Unusable(f"the image host redirected more than {MAX_REDIRECTS} times", final=True)
+
+    def _check_url(self, url: str) -> None:
+        try:
+            parts = urlsplit(url)
+            host = parts.hostname or ""
+        except ValueError:
+            raise _Unusable("its URL cannot be read", final=True) from None
+        loopback = self._allow_loopback and is_loopback(host)
+        if not host or (parts.scheme != "https" and not (parts.scheme == "http" and loopback)):
+            raise _Unusable("its URL is not https", final=True)
+        if not loopback and is_private(host):
+            raise _Unusable("its URL points into a private network", final=True)
+
+    async def _drain(self, response: httpx.Response, sink: _Sink) -> None:
+        if response.headers.get("content-encoding", "identity").lower() != "identity":
+            raise _Unusable("the image host sent it compressed, which was not asked for")
+        block: list[bytes] = []
+        held = 0
+        async for chunk in read_body(response):
+            block.append(chunk)
+            held += len(chunk)
+            if sink.size + held > MAX_IMAGE_BYTES:
+                raise _Unusable(f"it is larger than {MAX_IMAGE_BYTES // 2**20} MiB", final=True)
+            if held >= _BLOCK:
+                await to_thread.run_sync(sink.write, block)
+                block, held = [], 0
+        await to_thread.run_sync(sink.write, block)
+        announced = response.headers.get("content-length", "")
+        if announced.isdecimal() and int(announced) != sink.size:
+            raise _Unusable(f"{sink.size} of {announced} bytes arrived")
+
+    def _failed(self, image: Image, why: str, *, path: Path | None = None) -> DownloadError:
+        of = f" of task {image.task_id}" if image.task_id else ""
+        return DownloadError(
+            f"The image{of} was not saved: {why}. It is paid for and still at the service: save it again, at no cost.",
+            url=image.url,
+            path=path,
+            task_id=image.task_id,
+        )
+
+
+def _verify(image: Image, sink: _Sink) -> None:
+    if sniff(sink.head) is None:
+        raise _Unusable("what the image host sent is not an image")
+    if image.sha256 is not None:
+        if sink.sha256 != image.sha256:
+            raise _Unusable("its bytes do not have the SHA-256 that the service announced")
+    elif not ends_properly(sink.head, sink.tail, sink.size):
+        raise _Unusable("it ends before its end: the download was cut short")
+
+
+def file_stem(image: Image) -> str:
+    """Return an image's file name without its extension: the task's id and the image's index."""
+    # An id that the server gave may hold anything; a name may not.
+    task = re.sub(r"[^A-Za-z0-9_-]", "_", image.task_id or "image")[:128]
+    if image.index is not None:
+        return f"{task}-{image.index}"
+    return f"{task}-{hashlib.sha256(image.url.encode(errors='replace')).hexdigest()[:12]}"
+
+
+def check_folder(to: str | os.PathLike[str]) -> Path:
+    """Return the folder to save in.
+
+    Raises:
+        InvalidRequestError: It looks like a file's name: images are named after their task.
+    """
+    folder = Path(to)
+    if folder.suffix.lower() in {".jpeg", *(kind.extension for kind in FORMATS)} and not folder.is_dir():
+        raise InvalidRequestError(
+            f"{str(to)!r} looks like a file, and save takes a folder: the files in it are named after the task, with "
+            "the extension that their bytes ask for. The returned path can be renamed."
+        )
+    return folder
+
+
+def _find_saved(folder: Path, stem: str, sha256: str | None) -> Path | None:
+    """Make the folder, or return the file of an earlier save that already has the announced bytes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if sha256 is not None:
+        for kind in FORMATS:
+            path = folder / f"{stem}{kind.extension}"
+            if path.is_file() and _digest(path) == sha256:
+                return path
+    return None
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _create(path: Path) -> IO[bytes]:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+    # The umask decides who may read it, as for any file the caller makes: a web server may be meant to.
+    return open(os.open(path, flags, 0o666), "wb")  # noqa: PTH123 - by its descriptor; the caller closes it
+
+
+def _sync(file: IO[bytes]) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _publish(partial: Path, path: Path, sha256: str, overwrite: bool) -> Path:
+    """Give a whole, synced file its name in one step.
+
+    Raises:
+        FileExistsError: The name is taken by other bytes.
+    """
+    if overwrite:
+        partial.replace(path)
+    else:
+        try:
+            # A hard link is the one way to name a file that fails if the name is taken.
+            os.link(partial, path)
+        except FileExistsError:
+            if path.is_symlink() or not path.is_file() or _digest(path) != sha256:
+                raise FileExistsError(0, "exists", str(path)) from None
+        except OSError:
+            # A file system without links: the look and the renaming are two steps there.
+            if path.exists():
+                if _digest(path) != sha256:
+                    raise FileExistsError(0, "exists", str(path)) from None
+            else:
+                partial.replace(path)
+    if hasattr(os, "O_DIRECTORY"):
+        directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+    return path
