@@ -1,0 +1,333 @@
+"""The commands and their options.
+
+What lives here: how a command line is read, and what becomes of every error. What must never live here: the work itself
+(`_work`), and an import that makes `--help` wait.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import re
+import sys
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from typer.core import TyperCommand
+
+from .. import __version__
+from .._errors import (
+    ConceptVizError,
+    GenerationFailedError,
+    InvalidRequestError,
+    ModerationBlockedError,
+    TaskNotFoundError,
+)
+from .._spec import TASK_ID_CHARACTERS
+from ._exits import DONE, INTERRUPTED, OTHER, READER_GONE, USAGE, exit_code, in_shell_words
+
+if TYPE_CHECKING:
+    from .. import ConceptViz, Task
+    from ._report import Report
+
+# After these, there is nothing to take up again.
+_ENDED = (GenerationFailedError, ModerationBlockedError, InvalidRequestError)
+
+_URL = re.compile(r"https?://|data:", re.IGNORECASE)
+
+# Seen in the field: ids have this length, and may begin with a dash.
+_TASK_ID_LENGTH = 21
+
+app = typer.Typer(
+    name="conceptviz",
+    help="Diagrams from text prompts and from images to edit, by the ConceptViz API.",
+    epilog="The API key is read from CONCEPTVIZ_API_KEY. Try it without one: "
+    'conceptviz generate "the water cycle" --simulate',
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def run(argv: Sequence[str] | None) -> int:
+    """Read a command line, run its command and return the exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="replace")  # a path that the terminal cannot spell is still a result
+    code: Any = DONE
+    try:
+        app(args=None if argv is None else list(argv), prog_name="conceptviz")
+    except SystemExit as end:
+        code = end.code
+    return int(code or DONE)
+
+
+def _seconds(value: float | None) -> float | None:
+    if value is not None and not 0 < value < math.inf:
+        raise typer.BadParameter(f"{value:g} is not a number of seconds above 0.")
+    return value
+
+
+Model = Annotated[
+    str | None, typer.Option("--model", help="cv-2, which the service takes by itself, or cv-1.", metavar="M")
+]
+Quality = Annotated[str | None, typer.Option("--quality", help="2k; or 4k, which cv-1 has.", metavar="Q")]
+AspectRatio = Annotated[
+    str | None, typer.Option("--aspect-ratio", help="Such as 16:9, 1:1, 4:3, 9:16, a4-portrait.", metavar="R")
+]
+Output = Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="The folder to save in, made if need be.")]
+Timeout = Annotated[
+    float | None,
+    typer.Option("--timeout", metavar="S", callback=_seconds, help="Seconds to wait for the images.  [default: 600]"),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print each result as one line of JSON.")]
+Simulate = Annotated[
+    bool,
+    typer.Option("--simulate", help="Let the embedded simulator answer: no key, no network, nothing charged."),
+]
+TaskId = Annotated[str, typer.Argument(metavar="TASK_ID", show_default=False)]
+
+_DIAGRAMS = Path("diagrams")
+
+
+class _TaskCommand(TyperCommand):
+    """A command about a task, whose id may look like an option."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        options = [param for param in self.get_params(ctx) if param.param_type_name == "option"]
+        flags = {name for option in options if getattr(option, "is_flag", False) for name in option.opts}
+        valued = {name for option in options for name in option.opts} - flags
+        return super().parse_args(ctx, set_id_apart(args, flags, valued))
+
+
+def set_id_apart(args: list[str], flags: Collection[str], valued: Collection[str]) -> list[str]:
+    """Move a task id that begins with a dash behind `--`, where it cannot be taken for an option.
+
+    Args:
+        args: The arguments of the command.
+        flags: Its options without a value.
+        valued: Its options with one.
+    """
+    found = None
+    skip = False
+    for place, arg in enumerate(args):
+        if skip:
+            skip = False
+        elif not arg.startswith("-") or arg == "--":
+            return args  # the id is given plainly
+        elif arg in valued:
+            skip = True
+        elif arg not in flags and arg.partition("=")[0] not in valued:
+            attached = arg[:2] in valued and len(arg) != _TASK_ID_LENGTH  # -oDIR
+            if found is None and not attached and re.fullmatch(TASK_ID_CHARACTERS, arg):
+                found = place
+    return args if found is None else [*args[:found], *args[found + 1 :], "--", args[found]]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"conceptviz {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _conceptviz(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Hold what belongs to every command."""
+
+
+@app.command()
+def generate(
+    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT", help="One to four prompts, submitted as one task.")],
+    output: Output = _DIAGRAMS,
+    model: Model = None,
+    quality: Quality = None,
+    aspect_ratio: AspectRatio = None,
+    timeout: Timeout = None,
+    as_json: AsJson = False,
+    simulate: Simulate = False,
+) -> None:
+    """Make diagrams from prompts.
+
+    One task is submitted and waited for; its images are saved, and their paths printed.
+    """
+
+    def begin(cv: ConceptViz) -> Task:
+        return cv.submit(prompts, model=model, quality=quality, aspect_ratio=aspect_ratio)
+
+    _deliver(begin, output, timeout, as_json, simulate=simulate)
+
+
+@app.command()
+def edit(
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to change.")],
+    images: Annotated[list[str], typer.Argument(metavar="IMAGE", help="One to four images: paths or URLs.")],
+    output: Output = _DIAGRAMS,
+    model: Model = None,
+    quality: Quality = None,
+    aspect_ratio: AspectRatio = None,
+    timeout: Timeout = None,
+    as_json: AsJson = False,
+    simulate: Simulate = False,
+) -> None:
+    """Make a diagram from images to edit.
+
+    One task is submitted and waited for; its image is saved, and its path printed.
+    """
+    inputs = [image if _URL.match(image) else Path(image) for image in images]
+
+    def begin(cv: ConceptViz) -> Task:
+        return cv.submit_edit(prompt, inputs, model=model, quality=quality, aspect_ratio=aspect_ratio)
+
+    _deliver(begin, output, timeout, as_json, simulate=simulate)
+
+
+@app.command(cls=_TaskCommand)
+def status(task_id: TaskId, as_json: AsJson = False) -> None:
+    """Print a task's status."""
+
+    def work(report: Report) -> int:
+        from ._work import tell_status
+
+        return tell_status(report, task_id=task_id, as_json=as_json)
+
+    _finish(work, task_id=task_id)
+
+
+@app.command(cls=_TaskCommand)
+def wait(task_id: TaskId, output: Output = _DIAGRAMS, timeout: Timeout = None, as_json: AsJson = False) -> None:
+    """Take up a task again, at no cost.
+
+    It is waited for; its images are saved, and their paths printed.
+    """
+    _deliver(lambda cv: cv.task(task_id), output, timeout, as_json, task_id=task_id)
+
+
+@app.command()
+def estimate(
+    count: Annotated[int, typer.Argument(metavar="COUNT", min=0, help="How many images.")] = 1,
+    model: Model = None,
+    quality: Quality = None,
+) -> None:
+    """Print what images cost, in credits.
+
+    The prices are those of the API reference; the service is not asked.
+    """
+
+    def work(_: Report) -> int:
+        from .._models import estimate
+
+        print(estimate(count, model=model, quality=quality), flush=True)
+        return DONE
+
+    _finish(work)
+
+
+@app.command()
+def simulator(
+    host: Annotated[str, typer.Option(help="A loopback address.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8787,
+    speed: Annotated[float, typer.Option(help="Simulated seconds in a real one: at 30, 60 s take 2 s.")] = 1.0,
+    credits: Annotated[int, typer.Option(min=0, help="What the account has to spend.")] = 100,
+    plan: Annotated[str, typer.Option(help="pro, pro-single (one prompt, 2k only) or free (no API).")] = "pro",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON when ready to answer.")] = False,
+) -> None:
+    """Serve the simulated API until Ctrl-C."""
+
+    def work(report: Report) -> int:
+        from ..simulator import Simulator, run
+
+        def announce(base_url: str) -> None:
+            if as_json:
+                print(json.dumps({"base_url": base_url, "api_key": service.api_key}), flush=True)
+                return
+            report.say(
+                f"The ConceptViz API, simulated: {base_url}\n"
+                f"{credits} credits, plan {plan}, speed {speed:g}. Nothing is charged. Ctrl-C ends it.\n"
+                "For another terminal:"
+            )
+            print(f"export CONCEPTVIZ_BASE_URL={base_url}\nexport CONCEPTVIZ_API_KEY={service.api_key}", flush=True)
+
+        try:
+            service = Simulator(credits=credits, plan=plan, speed=speed)
+            run(service, host=host, port=port, on_ready=announce)
+        except ValueError as error:
+            raise typer.BadParameter(in_shell_words(error)) from None
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            report.say(f"Error: The simulator cannot listen on {host}:{port}: {error.strerror}. Try --port 0.")
+            return OTHER
+        return DONE
+
+    _finish(work)
+
+
+def _deliver(
+    begin: Callable[[ConceptViz], Task],
+    output: Path,
+    timeout: float | None,
+    as_json: bool,
+    *,
+    simulate: bool = False,
+    task_id: str | None = None,
+) -> NoReturn:
+    def work(report: Report) -> int:
+        from ._work import deliver
+
+        return deliver(begin, report, output=output, timeout=timeout, as_json=as_json)
+
+    _finish(work, folder=output, simulate=simulate, task_id=task_id)
+
+
+def _finish(
+    work: Callable[[Report], int], *, folder: Path | None = None, simulate: bool = False, task_id: str | None = None
+) -> NoReturn:
+    """Do a command's work, tell what stopped it, and exit."""
+    from ._report import Report
+
+    report = Report(folder, task_id, simulated=simulate)
+    try:
+        with report:
+            code = work(report)
+    except ConceptVizError as error:
+        code = exit_code(error)
+        report.say(f"Error: {in_shell_words(error)}")
+        if isinstance(error, TaskNotFoundError):
+            report.say(
+                "A task of --simulate ends with its command; `conceptviz simulator` keeps tasks between commands."
+            )
+        elif not isinstance(error, _ENDED):
+            report.resume()
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+        report.say(_farewell(report))
+        report.resume()
+    except ModuleNotFoundError as error:
+        if error.name is not None:  # a bug of ours; the simulator's own says what to install
+            raise
+        code = USAGE
+        report.say(f"Error: {error}")
+    except OSError as error:
+        code = READER_GONE if isinstance(error, BrokenPipeError) else OTHER
+        if code == OTHER:
+            report.say(f"Error: The results could not be printed: {error.strerror}.")
+            report.resume()
+    raise typer.Exit(code)
+
+
+def _farewell(report: Report) -> str:
+    if report.simulated:
+        return "Stopped."
+    if report.task_id is not None:
+        return f"Stopped. Task {report.task_id} is paid for and goes on at the service."
+    if report.submitting:
+        return "Stopped before the service had answered: the request may have been accepted and charged."
+    return "Stopped. Nothing was sent."
