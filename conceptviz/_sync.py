@@ -1,0 +1,449 @@
+"""ConceptViz and Task: the same names as the async client's, for blocking callers.
+
+What lives here: one line for each public method, with the async twin's signature and text (a test compares them). What
+must never live here: behaviour, which belongs to `_client`, and threads, which belong to `_blocking`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, overload
+
+from ._blocking import Blocking
+from ._client import AsyncConceptViz
+from ._config import resolve_api_key, resolve_base_url
+from ._events import EventHook
+from ._models import Image, ImageInput, Polling, Prompts, Result, Retries, Submission, TaskState
+from ._spec import AspectRatio, Model, Quality
+from ._task import AsyncTask
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    import httpx
+    from typing_extensions import Self
+
+logger = logging.getLogger("conceptviz")
+
+
+class ConceptViz:
+    """The ConceptViz API for programs that block: scripts, notebooks, threads, workers.
+
+        with ConceptViz() as cv:
+            result = cv.generate("the water cycle")
+            paths = cv.save(result, "diagrams/")
+
+    One client serves any number of threads at once, works inside a running event loop (Jupyter) and in a child after
+    `fork`, and may be left unclosed. All times are in seconds, money is in credits.
+
+    Args:
+        api_key: The API key, or a callable that returns it (a password manager), called once; else
+            CONCEPTVIZ_API_KEY.
+        base_url: The API's base URL; else CONCEPTVIZ_BASE_URL, else the documented one. https, or a loopback address.
+        timeout: Seconds for one whole HTTP exchange with the API, however its bytes drip. An image download may
+            take ten times that, but never falls silent for longer than this.
+        polling: How tasks are waited for.
+        retries: How often what is safe to repeat is repeated.
+        max_connections: Connections, and so requests at a time, to the API, and as many to the image host.
+        on_event: Called with each `Event`, in the thread of the client's event loop; an awaitable that it returns is
+            awaited. It cannot call this client, which would wait for itself. Its errors go to the caller of the
+            method that was running.
+        transport: An `httpx.AsyncBaseTransport` for the API and the image host: a proxy, a mock, the simulator.
+
+    Raises:
+        InvalidRequestError: There is no usable API key, or the base URL is not one. Nothing was sent.
+
+    Source: "Authentication", "Base URL".
+    """
+
+    def __init__(
+        self,
+        api_key: str | Callable[[], str] | None = None,
+        *,
+        base_url: str | None = None,
+        timeout: float = 30.0,
+        polling: Polling = Polling(),  # noqa: B008 - frozen: every client may share it
+        retries: Retries = Retries(),  # noqa: B008 - likewise
+        max_connections: int = 20,
+        on_event: EventHook | None = None,
+        transport: httpx.AsyncBaseTransport | None = None,
+    ) -> None:
+        key = resolve_api_key(api_key)
+        url = resolve_base_url(base_url)
+
+        def make() -> AsyncConceptViz:
+            return AsyncConceptViz(
+                key.reveal,  # asked for once, above: a forked child must not ask a password manager again
+                base_url=url,
+                timeout=timeout,
+                polling=polling,
+                retries=retries,
+                max_connections=max_connections,
+                on_event=on_event,
+                transport=transport,
+            )
+
+        self._base_url = url
+        self._blocking = Blocking(make, AsyncConceptViz.aclose, lost=_note_lost, fork_safe=transport is None)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self._base_url}>"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connections. Tasks go on at the service, and keep their ids."""
+        self._blocking.close()
+
+    def submit(
+        self,
+        prompt: Prompts,
+        *,
+        model: Model | None = None,
+        quality: Quality | None = None,
+        aspect_ratio: AspectRatio | None = None,
+    ) -> Task:
+        """Submit one prompt, or a batch of two to four, as one task.
+
+        Args:
+            prompt: A description of the diagram, or a sequence of one to four.
+            model: "cv-2" (what the service takes by itself) or "cv-1".
+            quality: "2k", or "4k" with cv-1.
+            aspect_ratio: Such as "16:9", "1:1", "4:3", "9:16", "a4-portrait".
+
+        Returns:
+            The task, whose `submission` is the receipt.
+
+        Raises:
+            InvalidRequestError: The request could only be refused. Nothing was sent.
+            NotSentError: No connection could be made. Nothing was spent.
+            SubmissionUnknownError: It was sent and no readable answer came: it may have been charged.
+            APIStatusError: The service refused it. Nothing was spent.
+            GenerationFailedError: The service failed at once, documented as refunded.
+
+        Credits:
+            For each prompt 2 with cv-2, 1 with cv-1 at 2k, 2 with cv-1 at 4k; spent when the task is accepted.
+
+        Source: "Step 1: Submit Generation Request", "Credit Cost".
+        """
+        return Task(
+            self._blocking,
+            self._blocking.run(lambda cv: cv.submit(prompt, model=model, quality=quality, aspect_ratio=aspect_ratio)),
+        )
+
+    def submit_edit(
+        self,
+        prompt: str,
+        images: ImageInput | Iterable[ImageInput],
+        *,
+        model: Model | None = None,
+        quality: Quality | None = None,
+        aspect_ratio: AspectRatio | None = None,
+    ) -> Task:
+        """Submit an edit of one to four images.
+
+        Args:
+            prompt: The edit instruction.
+            images: One to four of `Path`, bytes, an open binary file, or a `str` that is an http(s) or data URL, of at
+                most 20 MB each. Files are read once, in a worker thread.
+            model: As for `submit`.
+            quality: As for `submit`.
+            aspect_ratio: As for `submit`.
+
+        Returns:
+            The task, whose `submission` is the receipt.
+
+        Raises:
+            InvalidRequestError: The request could only be refused, or an image cannot be read. Nothing was sent.
+            NotSentError: No connection could be made. Nothing was spent.
+            SubmissionUnknownError: It was sent and no readable answer came: it may have been charged.
+            APIStatusError: The service refused it. Nothing was spent.
+            GenerationFailedError: The service failed at once, documented as refunded.
+
+        Credits:
+            The price of one image, as for `submit`; the page does not say whether more inputs cost more, so
+            `submission.credits_used` is what counts.
+
+        Source: "Edit Images", "Credit Cost".
+        """
+        return Task(
+            self._blocking,
+            self._blocking.run(
+                lambda cv: cv.submit_edit(prompt, images, model=model, quality=quality, aspect_ratio=aspect_ratio)
+            ),
+        )
+
+    def generate(
+        self,
+        prompt: Prompts,
+        *,
+        model: Model | None = None,
+        quality: Quality | None = None,
+        aspect_ratio: AspectRatio | None = None,
+        timeout: float | None = None,
+    ) -> Result:
+        """Submit one prompt, or a batch of two to four, and wait for the images.
+
+        Args:
+            prompt: As for `submit`.
+            model: As for `submit`.
+            quality: As for `submit`.
+            aspect_ratio: As for `submit`.
+            timeout: Seconds for all of it; None is `polling.timeout`. A submit under way is not cut short by it: its
+                answer holds the id of a paid task. It has the client's own timeout.
+
+        Returns:
+            The images, matched with their prompts.
+
+        Raises:
+            InvalidRequestError: The request could only be refused. Nothing was sent.
+            NotSentError: No connection could be made. Nothing was spent.
+            SubmissionUnknownError: It was sent and no readable answer came: it may have been charged.
+            APIStatusError: The service refused the submit, or to be asked about the task.
+            GenerationFailedError: The task ended as failed.
+            WaitTimeoutError: The time ran out. The task goes on, and its id is in the error.
+            PollInterruptedError: Looks at the task kept failing. It goes on, and its id is in the error.
+            UnexpectedResponseError: The task is completed without images.
+
+        Credits:
+            As for `submit`.
+
+        Source: "Generate Diagrams".
+        """
+        return self._blocking.run(
+            lambda cv: cv.generate(prompt, model=model, quality=quality, aspect_ratio=aspect_ratio, timeout=timeout)
+        )
+
+    def edit(
+        self,
+        prompt: str,
+        images: ImageInput | Iterable[ImageInput],
+        *,
+        model: Model | None = None,
+        quality: Quality | None = None,
+        aspect_ratio: AspectRatio | None = None,
+        timeout: float | None = None,
+    ) -> Result:
+        """Submit an edit of one to four images and wait for its image.
+
+        Args:
+            prompt: As for `submit_edit`.
+            images: As for `submit_edit`.
+            model: As for `submit`.
+            quality: As for `submit`.
+            aspect_ratio: As for `submit`.
+            timeout: As for `generate`.
+
+        Returns:
+            The edited image.
+
+        Raises:
+            InvalidRequestError: The request could only be refused, or an image cannot be read. Nothing was sent.
+            NotSentError: No connection could be made. Nothing was spent.
+            SubmissionUnknownError: It was sent and no readable answer came: it may have been charged.
+            APIStatusError: The service refused the submit, or to be asked about the task.
+            GenerationFailedError: The task ended as failed.
+            WaitTimeoutError: The time ran out. The task goes on, and its id is in the error.
+            PollInterruptedError: Looks at the task kept failing. It goes on, and its id is in the error.
+            UnexpectedResponseError: The task is completed without images.
+
+        Credits:
+            As for `submit_edit`.
+
+        Source: "Edit Images".
+        """
+        return self._blocking.run(
+            lambda cv: cv.edit(prompt, images, model=model, quality=quality, aspect_ratio=aspect_ratio, timeout=timeout)
+        )
+
+    def task(self, task_id: str) -> Task:
+        """Pick a task up again by its id, in any process. Does no I/O.
+
+        Raises:
+            InvalidRequestError: It cannot be a task id.
+
+        Source: "Step 2: Poll for Results".
+        """
+        return Task(self._blocking, self._blocking.client.task(task_id))
+
+    @overload
+    def save(self, result_or_image: Result, to: str | os.PathLike[str], *, overwrite: bool = False) -> list[Path]: ...
+
+    @overload
+    def save(self, result_or_image: Image, to: str | os.PathLike[str], *, overwrite: bool = False) -> Path: ...
+
+    def save(
+        self, result_or_image: Result | Image, to: str | os.PathLike[str], *, overwrite: bool = False
+    ) -> list[Path] | Path:
+        """Save images in a folder, verified, whole, and exactly as the service made them.
+
+        Files are named after the task's id and the image's index, with the extension that their bytes ask for. A file
+        that is already there with the same bytes is left as it is. An expired URL is refreshed by one look at the task.
+
+        Args:
+            result_or_image: A result, or one of its images.
+            to: The folder; made if need be.
+            overwrite: Whether a file of the same name with other bytes is replaced.
+
+        Returns:
+            The paths of a result's images, in their order; the one path of an image.
+
+        Raises:
+            InvalidRequestError: `to` looks like a file.
+            DownloadError: An image could not be fetched, verified or written. Those saved before it stay.
+
+        Credits:
+            None: images are paid for already, and can be saved again and again.
+
+        Source: "Response (completed)".
+        """
+        if isinstance(result_or_image, Image):
+            return self._blocking.run(lambda cv: cv.save(result_or_image, to, overwrite=overwrite))
+        return self._blocking.run(lambda cv: cv.save(result_or_image, to, overwrite=overwrite))
+
+    def read(self, image: Image) -> bytes:
+        """Fetch an image into memory: verified, and exactly the bytes that the service made.
+
+        Raises:
+            DownloadError: It could not be fetched, or is not what it should be.
+
+        Credits:
+            None.
+
+        Source: "Response (completed)".
+        """
+        return self._blocking.run(lambda cv: cv.read(image))
+
+    def estimate(
+        self, prompts_or_count: Prompts | int, *, model: Model | None = None, quality: Quality | None = None
+    ) -> int:
+        """Return the credits that images would cost. Does no I/O.
+
+        Args:
+            prompts_or_count: A prompt, any number of prompts, or how many there are.
+            model: As for `submit`.
+            quality: As for `submit`.
+
+        Raises:
+            InvalidRequestError: The API page has no price for this model and quality.
+
+        Source: "Credit Cost".
+        """
+        return self._blocking.client.estimate(prompts_or_count, model=model, quality=quality)
+
+    @property
+    def credits_remaining(self) -> int | None:
+        """The credits left in the account as of the last answer that said so, or None: there is no way to ask."""
+        return self._blocking.client.credits_remaining
+
+
+class Task:
+    """A task at the service: submitted by us, or picked up by its id.
+
+    Made by `ConceptViz.submit`, `submit_edit` and `task`.
+    """
+
+    def __init__(self, blocking: Blocking[AsyncConceptViz], task: AsyncTask) -> None:
+        self._blocking = blocking
+        self._task = task
+        self._home = blocking.client
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.id}>"
+
+    @property
+    def id(self) -> str:
+        """The task's id: all that is needed to take it up again."""
+        return self._task.id
+
+    @property
+    def submission(self) -> Submission | None:
+        """The receipt, or None for a task that was picked up by its id."""
+        return self._task.submission
+
+    def status(self) -> TaskState:
+        """Look at the task once, now.
+
+        Raises:
+            PollInterruptedError: The look kept failing. The task goes on.
+            APIStatusError: The service refused it: TaskNotFoundError for an unknown id.
+            UnexpectedResponseError: The answer is not the documented shape.
+
+        Credits:
+            None.
+
+        Source: "Step 2: Poll for Results".
+        """
+        return self._blocking.run(lambda cv: self._of(cv).status())
+
+    def wait(self, *, timeout: float | None = None) -> Result:
+        """Wait until the task has ended, looking at it every 3 to 5 s.
+
+        Being cancelled, or stopping to wait, does not stop the task: it is paid for and goes on.
+
+        Args:
+            timeout: Seconds, a bound on everything that is done meanwhile; None is `polling.timeout`.
+
+        Returns:
+            The images, matched with their prompts as far as these are known.
+
+        Raises:
+            GenerationFailedError: The task ended as failed.
+            ModerationBlockedError: It ended as failed because its input was blocked.
+            WaitTimeoutError: The time ran out. The task goes on.
+            PollInterruptedError: Looks kept failing. The task goes on.
+            APIStatusError: The service refuses to be asked: TaskNotFoundError, AuthenticationError.
+            UnexpectedResponseError: The task is completed without images.
+
+        Credits:
+            None: the submit has paid.
+
+        Source: "Step 2: Poll for Results", "Limits".
+        """
+        return self._blocking.run(lambda cv: self._of(cv).wait(timeout=timeout))
+
+    def watch(self, *, timeout: float | None = None) -> Iterator[TaskState]:
+        """Iterate over the looks at the task, the last of which finds it ended.
+
+        Args:
+            timeout: Seconds from the first look asked for; None is `polling.timeout`.
+
+        Yields:
+            The task as each look finds it; a failed task is a state here, not an error.
+
+        Raises:
+            WaitTimeoutError: The time ran out. The task goes on.
+            PollInterruptedError: Looks kept failing. The task goes on.
+            APIStatusError: The service refuses to be asked: TaskNotFoundError, AuthenticationError.
+            UnexpectedResponseError: The task is completed without images.
+
+        Credits:
+            None.
+
+        Source: "Step 2: Poll for Results".
+        """
+        return self._blocking.iterate(lambda cv: self._of(cv).watch(timeout=timeout))
+
+    def _of(self, client: AsyncConceptViz) -> AsyncTask:
+        """Return the task as one of this process's client, which after a fork is another."""
+        if client is not self._home:
+            self._task, self._home = AsyncTask(client._poller, self.id, self.submission), client
+        return self._task
+
+
+def _note_lost(value: object) -> None:
+    """Name the task of a call that was interrupted in the moment it was done: paid work is never lost in silence."""
+    task_id = value.id if isinstance(value, AsyncTask) else getattr(value, "task_id", None)
+    if task_id is not None:
+        logger.warning(
+            "Interrupted as the call on task %s was done. Take it up with task(%r).wait().", task_id, task_id
+        )
