@@ -245,7 +245,7 @@ class AsyncConceptViz:
         """
         started = anyio.current_time()
         task = await self.submit(prompt, model=model, quality=quality, aspect_ratio=aspect_ratio)
-        return await task.wait_until(started, timeout)
+        return await task._wait_until(started, timeout)
 
     async def edit(
         self,
@@ -287,7 +287,7 @@ class AsyncConceptViz:
         """
         started = anyio.current_time()
         task = await self.submit_edit(prompt, images, model=model, quality=quality, aspect_ratio=aspect_ratio)
-        return await task.wait_until(started, timeout)
+        return await task._wait_until(started, timeout)
 
     def task(self, task_id: str) -> AsyncTask:
         """Pick a task up again by its id, in any process. Does no I/O.
@@ -395,7 +395,11 @@ class AsyncConceptViz:
                 expected,
             )
         task = AsyncTask(self._poller, submission.task_id, submission, anyio.current_time())
-        await self._emit(Submitted(task_id=submission.task_id, submission=submission))
+        try:
+            await self._emit(Submitted(task_id=submission.task_id, submission=submission))
+        except BaseException:
+            logger.warning("on_event ended a submit after it was paid for: take it up with task(%r).", task.id)
+            raise
         return task
 
     async def _save(self, image: Image, folder: Path, overwrite: bool) -> Path:
@@ -419,11 +423,7 @@ class AsyncConceptViz:
         except ConceptVizError as error:
             raise _expired(image) from error
         for fresh in state.images:
-            same = (
-                (fresh.sha256 == image.sha256)
-                if image.sha256
-                else (fresh.prompt, fresh.index) == (image.prompt, image.index)
-            )
+            same = fresh.sha256 == image.sha256 if image.sha256 else fresh.index == image.index
             if same or len(state.images) == 1:
                 return Image(fresh.url, image.prompt, image.index, image.sha256, fresh.raw, image.task_id)
         raise _expired(image)

@@ -26,6 +26,8 @@ BASE_URL_VARIABLE = "CONCEPTVIZ_BASE_URL"
 
 # What an HTTP header can carry without quoting: anything else is either a typing slip or a header injection.
 _PRINTABLE = re.compile(r"[\x21-\x7e]+")
+# No name ends in a number: a resolver reads such a host as an IPv4 address in one of its old spellings.
+_OLD_ADDRESS = re.compile(r"(?:.*\.)?(?:[0-9]+|0x[0-9a-f]*)", re.IGNORECASE)
 
 
 class Secret:
@@ -76,13 +78,13 @@ def resolve_api_key(api_key: str | Callable[[], str] | None) -> Secret:
 
 
 def resolve_base_url(base_url: str | None) -> str:
-    """Return the base URL from the argument, CONCEPTVIZ_BASE_URL or the API page, without a trailing slash.
+    """Return the base URL from the argument, CONCEPTVIZ_BASE_URL or the API page, without its trailing slash.
 
     Raises:
-        InvalidRequestError: It is not https (a loopback address may be http), or holds credentials, a query or a
-            fragment.
+        InvalidRequestError: It is not https (a loopback address may be http), has no path, or holds credentials, a
+            query or a fragment.
     """
-    url = (base_url or os.environ.get(BASE_URL_VARIABLE) or DEFAULT_BASE_URL).rstrip("/")
+    url = base_url or os.environ.get(BASE_URL_VARIABLE) or DEFAULT_BASE_URL
 
     def refuse(why: str) -> InvalidRequestError:
         return InvalidRequestError(
@@ -100,11 +102,13 @@ def resolve_base_url(base_url: str | None) -> str:
         raise refuse("holds a user name or a password")
     if parts.query or parts.fragment or "?" in url or "#" in url:
         raise refuse("holds a query or a fragment")
+    if parts.path in {"", "/"}:
+        raise refuse("has no path, and the API's is /api/v1")
     if "//" in parts.path or "/." in parts.path:
         raise refuse("holds an empty or relative step in its path")
     if parts.scheme != "https" and not (parts.scheme == "http" and is_loopback(host)):
         raise refuse("must begin with https:// (http:// is for a loopback address such as 127.0.0.1)")
-    return url
+    return url.removesuffix("/")
 
 
 def is_loopback(host: str) -> bool:
@@ -118,8 +122,12 @@ def is_loopback(host: str) -> bool:
 
 
 def is_private(host: str) -> bool:
-    """Say whether a host is an address that is not on the public internet, without asking a resolver."""
+    """Say whether a host is an address that is not on the public internet, without asking a resolver.
+
+    127.1 and 2130706433 are addresses too, to a resolver; as no honest URL has them, they count as private.
+    """
+    host = host.removesuffix(".")
     try:
         return not ipaddress.ip_address(host).is_global
     except ValueError:
-        return is_loopback(host)
+        return is_loopback(host) or _OLD_ADDRESS.fullmatch(host) is not None

@@ -2,7 +2,7 @@
 
 Rules: an HTTP client of its own, which never holds the key. The bytes are kept exactly as received. Nothing that the
 host says decides a file's name or kind: the name is the task's id and the image's index, the extension comes from the
-leading bytes. Files are written in worker threads.
+leading bytes. Files are written in threads of their own.
 """
 
 from __future__ import annotations
@@ -10,14 +10,15 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
+import queue
 import re
 import secrets
-from collections.abc import Awaitable, Callable
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
 from random import Random
-from typing import IO
-from urllib.parse import urljoin, urlsplit
+from typing import IO, TYPE_CHECKING
 
 import anyio
 import httpx
@@ -29,13 +30,18 @@ from ._events import Event, Retrying
 from ._images import FORMATS, HEAD_BYTES, TAIL_BYTES, ends_properly, sniff
 from ._models import Image, Retries
 from ._policy import retry_delay
-from ._transport import LoopBound, open_http_client, read_body
+from ._transport import EXCHANGE_ERRORS, LoopBound, open_http_client, reading
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from typing_extensions import Self
 
 MAX_IMAGE_BYTES = 64 * 2**20
 MAX_REDIRECTS = 3
 # A stalled download ends after the client's timeout; one that moves may take this many times longer.
 PATIENCE = 10.0
-# Handed to a worker thread at a time: large enough that the hops cost little, small enough to hold in memory.
+# Read or written at a time: large enough to cost few calls, small enough to hold one while the next arrives.
 _BLOCK = 512 * 1024
 _EXPIRED = frozenset({403, 404, 410})
 
@@ -57,28 +63,82 @@ class _Unusable(Exception):  # noqa: N818 - not an error yet: another attempt ma
         self.final = final
 
 
+class _TakenError(Exception):
+    """A file with other bytes has the name. Never leaves this module."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.path = path
+
+
 class _Sink:
-    """Where an image's bytes go, counted, hashed and checked on the way."""
+    """Where an image's bytes go, counted, hashed and checked on the way.
+
+    Into a file they are written by a thread of the sink's own, while more of them arrive: to hop to a worker thread
+    with each block, and to wait there for the disk, would cost half as much again as the download.
+    """
 
     def __init__(self, file: IO[bytes] | None) -> None:
         self._file = file
         self._hash = hashlib.sha256()
         self._parts: list[bytes] = []
+        self._held = 0
+        self._blocks: queue.SimpleQueue[list[bytes]] = queue.SimpleQueue()
+        self._written = threading.Semaphore(1)
+        self._failure: Exception | None = None
         self.size = 0
         self.head = b""
         self.tail = b""
 
-    def write(self, block: list[bytes]) -> None:
-        for part in block:
-            self.size += len(part)
-            if len(self.head) < HEAD_BYTES:
-                self.head += part[: HEAD_BYTES - len(self.head)]
-            self.tail = part[-TAIL_BYTES:] if len(part) >= TAIL_BYTES else (self.tail + part)[-TAIL_BYTES:]
-            self._hash.update(part)
-            if self._file is not None:
-                self._file.write(part)
-            else:
-                self._parts.append(part)
+    async def __aenter__(self) -> Self:
+        if self._file is not None:
+            self._thread = threading.Thread(target=self._write, args=(self._file,), daemon=True)
+            self._thread.start()
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._file is not None:
+            if exc is None:
+                self._blocks.put(self._parts)
+            self._blocks.put([])
+            # The file may only be closed, or begun anew, when nobody writes to it any more.
+            with anyio.CancelScope(shield=True):
+                await to_thread.run_sync(self._thread.join)
+            if exc is None and self._failure is not None:
+                raise self._failure
+
+    async def put(self, part: bytes) -> None:
+        """Take the next bytes.
+
+        Raises:
+            OSError: Earlier ones could not be written.
+        """
+        self.size += len(part)
+        if len(self.head) < HEAD_BYTES:
+            self.head += part[: HEAD_BYTES - len(self.head)]
+        self.tail = part[-TAIL_BYTES:] if len(part) >= TAIL_BYTES else (self.tail + part)[-TAIL_BYTES:]
+        self._hash.update(part)
+        self._parts.append(part)
+        self._held += len(part)
+        if self._file is not None and self._held >= _BLOCK:
+            if self._failure is not None:
+                raise self._failure
+            if not self._written.acquire(blocking=False):
+                await to_thread.run_sync(self._written.acquire)
+            self._blocks.put(self._parts)
+            self._parts, self._held = [], 0
+
+    def _write(self, file: IO[bytes]) -> None:
+        """Write block after block, up to an empty one; after a failure only take them, so that nobody waits."""
+        while block := self._blocks.get():
+            if self._failure is None:
+                try:
+                    file.write(b"".join(block))
+                except Exception as error:  # noqa: BLE001 - raised where it is waited for
+                    self._failure = error
+            self._written.release()
 
     @property
     def sha256(self) -> str:
@@ -147,9 +207,8 @@ class Downloads:
             if known is not None:
                 return known
             partial = folder / f".{stem}.{secrets.token_hex(4)}.part"
-            file = await to_thread.run_sync(_create, partial)
             try:
-                with file:
+                with await to_thread.run_sync(_create, partial) as file:
                     sink = await self._fetch(image, file)
                     await to_thread.run_sync(_sync, file)
                 kind = sniff(sink.head)
@@ -159,12 +218,9 @@ class Downloads:
             finally:
                 with suppress(OSError):
                     partial.unlink(missing_ok=True)
-        except FileExistsError as error:
-            raise self._failed(
-                image,
-                f"{error.filename} exists with other bytes; overwrite=True replaces it",
-                path=Path(str(error.filename)),
-            ) from None
+        except _TakenError as taken:
+            why = f"{taken.path} exists with other bytes; overwrite=True replaces it"
+            raise self._failed(image, why, path=taken.path) from None
         except OSError as error:
             raise self._failed(image, f"it could not be written: {error}", path=folder) from error
 
@@ -188,8 +244,7 @@ class Downloads:
             await self._emit(Retrying(task_id=image.task_id, attempt=attempt, delay=delay, error=error))
             await anyio.sleep(delay)
             if file is not None:
-                file.seek(0)
-                file.truncate()
+                await to_thread.run_sync(_rewind, file)
         raise AssertionError("unreachable")  # pragma: no cover - itertools.count has no end
 
     async def _receive(self, image: Image, sink: _Sink) -> None:
@@ -199,22 +254,19 @@ class Downloads:
             with anyio.move_on_after(self._timeout * PATIENCE) as scope:
                 try:
                     response = await self._open(client, image.url)
-                    try:
-                        await self._drain(response, sink)
-                    finally:
-                        with anyio.CancelScope(shield=True), anyio.move_on_after(1):
-                            await response.aclose()
-                except (httpx.HTTPError, httpx.StreamError, httpx.InvalidURL) as error:
+                    async with reading(response) as chunks:
+                        await self._drain(response, chunks, sink)
+                except EXCHANGE_ERRORS as error:
                     reason = f"the connection to the image host failed ({type(error).__name__})"
         if scope.cancelled_caught:
             reason = f"it took longer than {self._timeout * PATIENCE:g} s"
         if reason:
             raise _Unusable(reason)
 
-    async def _open(self, client: httpx.AsyncClient, url: str) -> httpx.Response:
+    async def _open(self, client: httpx.AsyncClient, address: str) -> httpx.Response:
         """Ask for an image, following at most three redirects, each one checked."""
+        url = self._checked(address)
         for _ in range(MAX_REDIRECTS + 1):
-            self._check_url(url)
             response = await client.send(client.build_request("GET", url), stream=True)
             if response.status_code == 200:
                 return response
@@ -224,37 +276,35 @@ class Downloads:
             location = response.headers.get("location")
             if response.status_code not in {301, 302, 303, 307, 308} or location is None:
                 raise _Unusable(f"the image host answered with HTTP {response.status_code}")
-            url = urljoin(url, location)
+            url = self._checked(location, url)
         raise _Unusable(f"the image host redirected more than {MAX_REDIRECTS} times", final=True)
 
-    def _check_url(self, url: str) -> None:
+    def _checked(self, address: str, base: httpx.URL | str = "") -> httpx.URL:
+        """Read an address as httpx itself will, so that what is checked is what is connected to."""
         try:
-            parts = urlsplit(url)
-            host = parts.hostname or ""
-        except ValueError:
+            url = httpx.URL(base).join(address)
+            host, port = url.host, url.port
+        except (httpx.InvalidURL, ValueError):
             raise _Unusable("its URL cannot be read", final=True) from None
         loopback = self._allow_loopback and is_loopback(host)
-        if not host or (parts.scheme != "https" and not (parts.scheme == "http" and loopback)):
+        if not host or (url.scheme != "https" and not (url.scheme == "http" and loopback)):
             raise _Unusable("its URL is not https", final=True)
+        if port is not None and not 0 < port < 2**16:
+            raise _Unusable("its URL has a port that there is not", final=True)
         if not loopback and is_private(host):
             raise _Unusable("its URL points into a private network", final=True)
+        return url
 
-    async def _drain(self, response: httpx.Response, sink: _Sink) -> None:
+    async def _drain(self, response: httpx.Response, chunks: AsyncIterator[bytes], sink: _Sink) -> None:
         if response.headers.get("content-encoding", "identity").lower() != "identity":
             raise _Unusable("the image host sent it compressed, which was not asked for")
-        block: list[bytes] = []
-        held = 0
-        async for chunk in read_body(response):
-            block.append(chunk)
-            held += len(chunk)
-            if sink.size + held > MAX_IMAGE_BYTES:
-                raise _Unusable(f"it is larger than {MAX_IMAGE_BYTES // 2**20} MiB", final=True)
-            if held >= _BLOCK:
-                await to_thread.run_sync(sink.write, block)
-                block, held = [], 0
-        await to_thread.run_sync(sink.write, block)
+        async with sink:
+            async for chunk in chunks:
+                if sink.size + len(chunk) > MAX_IMAGE_BYTES:
+                    raise _Unusable(f"it is larger than {MAX_IMAGE_BYTES // 2**20} MiB", final=True)
+                await sink.put(chunk)
         announced = response.headers.get("content-length", "")
-        if announced.isdecimal() and int(announced) != sink.size:
+        if announced.isdecimal() and announced != str(sink.size):
             raise _Unusable(f"{sink.size} of {announced} bytes arrived")
 
     def _failed(self, image: Image, why: str, *, path: Path | None = None) -> DownloadError:
@@ -326,6 +376,11 @@ def _create(path: Path) -> IO[bytes]:
     return open(os.open(path, flags, 0o666), "wb")  # noqa: PTH123 - by its descriptor; the caller closes it
 
 
+def _rewind(file: IO[bytes]) -> None:
+    file.seek(0)
+    file.truncate()
+
+
 def _sync(file: IO[bytes]) -> None:
     file.flush()
     os.fsync(file.fileno())
@@ -335,7 +390,7 @@ def _publish(partial: Path, path: Path, sha256: str, overwrite: bool) -> Path:
     """Give a whole, synced file its name in one step.
 
     Raises:
-        FileExistsError: The name is taken by other bytes.
+        _TakenError: The name is taken by other bytes.
     """
     if overwrite:
         partial.replace(path)
@@ -345,12 +400,12 @@ def _publish(partial: Path, path: Path, sha256: str, overwrite: bool) -> Path:
             os.link(partial, path)
         except FileExistsError:
             if path.is_symlink() or not path.is_file() or _digest(path) != sha256:
-                raise FileExistsError(0, "exists", str(path)) from None
+                raise _TakenError(path) from None
         except OSError:
             # A file system without links: the look and the renaming are two steps there.
             if path.exists():
                 if _digest(path) != sha256:
-                    raise FileExistsError(0, "exists", str(path)) from None
+                    raise _TakenError(path) from None
             else:
                 partial.replace(path)
     if hasattr(os, "O_DIRECTORY"):

@@ -6,7 +6,7 @@
     ├ SubmissionUnknownError             sent, no readable answer: MAY be charged; never sent again by itself
     ├ PollInterruptedError               reads kept failing; the task lives on
     ├ UnexpectedResponseError            an answer that is not the documented shape
-    ├ APIStatusError                     .status_code .code (verbatim) .message .body
+    ├ APIStatusError                     .status_code .code (verbatim) .message .body .retry_after (seconds, or None)
     │  ├ BadRequestError 400
     │  │  ├ ModerationBlockedError
     │  │  └ InvalidImageError
@@ -15,7 +15,7 @@
     │  ├ PlanError 403
     │  │  └ PlanLimitExceededError
     │  ├ TaskNotFoundError 404
-    │  ├ RateLimitedError 429            .retry_after (seconds, or None)
+    │  ├ RateLimitedError 429
     │  └ ServerError 5xx
     ├ GenerationFailedError              the task ended as failed: .code .credits_refunded
     ├ WaitTimeoutError (TimeoutError)    we stopped waiting: .last_state; the task lives on
@@ -152,13 +152,15 @@ class APIStatusError(ConceptVizError):
         status_code: The HTTP status.
         code: The service's own code, verbatim, or None if the answer held none.
         message: The service's own sentence, or None.
-        body: The decoded answer, or None if it was not JSON.
+        body: The decoded answer, or None if it was not a JSON object.
+        retry_after: Seconds the service asked to wait, or None if it did not say.
     """
 
     status_code: int
     code: str | None
     message: str | None
     body: Any
+    retry_after: float | None
 
     def __init__(
         self,
@@ -168,6 +170,7 @@ class APIStatusError(ConceptVizError):
         code: str | None = None,
         api_message: str | None = None,
         body: Any = None,
+        retry_after: float | None = None,
         task_id: str | None = None,
         credits: Credits = Credits.NOT_SPENT,
     ) -> None:
@@ -176,10 +179,11 @@ class APIStatusError(ConceptVizError):
         self.code = code
         self.message = api_message
         self.body = body
+        self.retry_after = retry_after
 
 
 class BadRequestError(APIStatusError):
-    """400: the service found the request wrong. Nothing was spent."""
+    """400, or another 4xx that has no class of its own: the service found the request wrong."""
 
 
 class ModerationBlockedError(BadRequestError):
@@ -221,17 +225,7 @@ class TaskNotFoundError(APIStatusError):
 
 
 class RateLimitedError(APIStatusError):
-    """429: too many requests in a short period. Nothing was spent.
-
-    Attributes:
-        retry_after: Seconds the service asked to wait, or None if it did not say.
-    """
-
-    retry_after: float | None
-
-    def __init__(self, message: str, *, retry_after: float | None = None, **kwargs: Any) -> None:
-        super().__init__(message, **kwargs)
-        self.retry_after = retry_after
+    """429: too many requests in a short period. Nothing was spent; `retry_after` may say how long to wait."""
 
 
 class ServerError(APIStatusError):

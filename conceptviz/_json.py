@@ -11,8 +11,12 @@ import math
 import re
 from typing import Any, NoReturn
 
-# An answer of the API has some hundred bytes; what is far larger is not one.
+# An answer of the API has some hundred bytes and three levels; what is far larger is not one. The bound on the depth
+# lets a decoded answer be copied, pickled and compared: each of these recurses.
 MAX_ANSWER_BYTES = 2**20
+MAX_DEPTH = 64
+# More credits than anyone has.
+_MAX_COUNT = 10**18
 
 
 def decode_json(body: bytes) -> Any:
@@ -30,7 +34,18 @@ def decode_json(body: bytes) -> Any:
             json.dumps(value, ensure_ascii=False).encode()
     except RecursionError:
         raise ValueError("nested too deeply") from None
+    _check_depth(value)
     return value
+
+
+def _check_depth(value: Any) -> None:
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        containers = [v for v in level if isinstance(v, dict | list)]
+        if not containers:
+            return
+        level = [child for v in containers for child in (v.values() if isinstance(v, dict) else v)]
+    raise ValueError("nested too deeply")
 
 
 def _refuse_number(text: str) -> NoReturn:
@@ -72,6 +87,6 @@ def count_or_none(value: object) -> int | None:
     """Read a number of credits; 2.0 and "2" are 2, and what cannot be a number of credits is None."""
     if isinstance(value, str) and re.fullmatch(r"[0-9]{1,18}", value, re.ASCII):
         return int(value)
-    if isinstance(value, bool) or not isinstance(value, int | float) or value < 0 or value != int(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < _MAX_COUNT:
         return None
-    return int(value)
+    return int(value) if value == int(value) else None

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Sequence
+from operator import itemgetter
 from urllib.parse import urlsplit
 
 from attrs import evolve
@@ -29,13 +30,7 @@ def match_images(images: Sequence[Image], prompts: Sequence[str]) -> tuple[Image
         prompts: The prompts that were submitted; empty if they are not known.
     """
     if len(prompts) <= 1:
-        # One prompt, or a task picked up by its id: there is nothing to confuse, only a number to give.
-        indices = [_url_index(image.url) for image in images]
-        if None in indices or len(set(indices)) < len(indices):
-            indices = list(range(len(images)))
-        texts = [prompts[0] if prompts else image.prompt for image in images]
-        numbered = [evolve(i, index=n, prompt=t) for i, n, t in zip(images, indices, texts, strict=True)]
-        return tuple(sorted(numbered, key=lambda image: image.index or 0))
+        return _number_images(images, prompts)
     found: dict[int, Image] = {}
     rest = images
     for same in (_exactly, _normalised):
@@ -49,15 +44,29 @@ def match_images(images: Sequence[Image], prompts: Sequence[str]) -> tuple[Image
                 unmatched.append(image)
         rest = unmatched
     strangers = []
+    texts = {_normalised(prompt) for prompt in prompts}
     for image in rest:
         hint = _url_index(image.url)
-        if hint is not None and hint < len(prompts) and hint not in found:
+        # One that says it is a second image of some prompt is not the first of another.
+        surplus = _normalised(image.prompt) in texts
+        if hint is not None and hint < len(prompts) and hint not in found and not surplus:
             found[hint] = image
         else:
             strangers.append(image)
     if not found and len(images) == len(prompts) and not any(image.prompt for image in images):
         found, strangers = dict(enumerate(images)), []
     return tuple(evolve(found[n], index=n, prompt=prompts[n]) for n in sorted(found)) + tuple(strangers)
+
+
+def _number_images(images: Sequence[Image], prompts: Sequence[str]) -> tuple[Image, ...]:
+    """Give numbers to the images of one prompt, or of a task picked up by its id: there is nothing to confuse."""
+    numbers = [n for n in (_url_index(image.url) for image in images) if n is not None]
+    if len(set(numbers)) < len(images):
+        numbers = list(range(len(images)))
+    in_order = sorted(zip(numbers, images, strict=True), key=itemgetter(0))
+    if prompts:
+        return tuple(evolve(image, index=n, prompt=prompts[0]) for n, (_, image) in enumerate(in_order))
+    return tuple(evolve(image, index=n) for n, image in in_order)
 
 
 def _exactly(text: str) -> str:

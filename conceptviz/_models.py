@@ -10,6 +10,7 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any, TypeAlias
 from urllib.parse import urlsplit
@@ -49,11 +50,11 @@ class Unchecked(str):
     __slots__ = ()
 
 
-def _check_text(what: str, text: object) -> str:
+def _check_text(what: str, text: object, if_blank: str = "describe the diagram in it") -> str:
     if not isinstance(text, str):
         raise InvalidRequestError(f"{what} must be a str, not {type(text).__name__}. Nothing was sent.")
     if not text.strip():
-        raise InvalidRequestError(f"{what} is blank. Nothing was sent: describe the diagram in it.")
+        raise InvalidRequestError(f"{what} is blank. Nothing was sent: {if_blank}.")
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -66,7 +67,7 @@ def _check_text(what: str, text: object) -> str:
 
 def _check_setting(_: object, attribute: Attribute[Any], value: object) -> None:
     if value is not None:
-        _check_text(attribute.name, value)
+        _check_text(attribute.name, value, "leave it out, and the service chooses")
 
 
 def _check_quality(request: Any, _: Attribute[Any], quality: str | None) -> None:
@@ -77,9 +78,9 @@ def _check_quality(request: Any, _: Attribute[Any], quality: str | None) -> None
     allowed = QUALITIES.get(model)
     if allowed is not None and quality not in allowed:
         raise InvalidRequestError(
-            f"The model {model} has no quality {quality!r}: the API page lists {model} with {' and '.join(allowed)}"
-            f"{' (cv-1 has 4k)' if quality == '4k' else ''}. Nothing was sent. If the service has changed since, "
-            f"quality=conceptviz.Unchecked({quality!r}) sends it as it is."
+            f"The model {model} has no quality {quality!r}: the API page lists {model} with {' and '.join(allowed)} "
+            f'under "Limits"{" (cv-1 has 4k)" if quality == "4k" else ""}. Nothing was sent. If the service has '
+            f"changed since, quality=conceptviz.Unchecked({quality!r}) sends it as it is."
         )
 
 
@@ -100,9 +101,14 @@ def _to_prompts(prompts: Prompts) -> tuple[str, ...]:
 
 
 def _to_images(images: ImageInput | Iterable[ImageInput]) -> tuple[ImageInput, ...]:
-    if isinstance(images, str | bytes | Path) or hasattr(images, "read"):
+    if isinstance(images, str | bytes | bytearray | memoryview | Path) or hasattr(images, "read"):
         return (images,)  # type: ignore[return-value]  # hasattr does not narrow a union
-    return tuple(images)
+    if not isinstance(images, Iterable):
+        raise InvalidRequestError(
+            f"An image is a Path, bytes, an open binary file or a URL, not {type(images).__name__}. Nothing was sent."
+        )
+    # One more than is allowed is enough to refuse them, should they have no end.
+    return tuple(islice(images, MAX_IMAGES + 1))
 
 
 def _check_edit_prompt(_: object, __: object, prompt: str) -> None:
@@ -111,9 +117,8 @@ def _check_edit_prompt(_: object, __: object, prompt: str) -> None:
 
 def _check_image_count(_: object, __: object, images: tuple[ImageInput, ...]) -> None:
     if not 1 <= len(images) <= MAX_IMAGES:
-        raise InvalidRequestError(
-            f"{len(images)} images were given: one edit takes one to {MAX_IMAGES}. Nothing was sent."
-        )
+        count = f"More than {MAX_IMAGES}" if images else "No"
+        raise InvalidRequestError(f"{count} images were given: one edit takes one to {MAX_IMAGES}. Nothing was sent.")
 
 
 @frozen
@@ -161,8 +166,10 @@ class EditRequest:
         InvalidRequestError: The request could only be refused. Nothing was sent.
     """
 
-    prompt: str = field()
-    images: tuple[ImageInput, ...] = field(converter=_to_images, repr=lambda images: f"<{len(images)} images>")
+    prompt: str = field(validator=_check_edit_prompt)
+    images: tuple[ImageInput, ...] = field(
+        converter=_to_images, validator=_check_image_count, repr=lambda images: f"<{len(images)} images>"
+    )
     model: Model | None = field(default=None, validator=_check_setting, kw_only=True)
     quality: Quality | None = field(default=None, validator=[_check_setting, _check_quality], kw_only=True)
     aspect_ratio: AspectRatio | None = field(default=None, validator=_check_setting, kw_only=True)
@@ -189,7 +196,7 @@ def price(count: int, *, model: str | None, quality: str | None) -> int | None:
 
 def estimate(prompts_or_count: Prompts | int, *, model: Model | None = None, quality: Quality | None = None) -> int:
     """Return the credits that images would cost, as `AsyncConceptViz.estimate` describes."""
-    if isinstance(prompts_or_count, bool) or not isinstance(prompts_or_count, int | str | Sequence):
+    if isinstance(prompts_or_count, bool | bytes | bytearray) or not isinstance(prompts_or_count, int | str | Sequence):
         raise InvalidRequestError("A number of images, a prompt or a sequence of prompts is expected.")
     if isinstance(prompts_or_count, int):
         count = prompts_or_count
@@ -239,9 +246,11 @@ def _private(url: str) -> str:
     """Show a URL's host and last step: what lies between identifies an account."""
     try:
         parts = urlsplit(url)
-        return repr(f"{parts.scheme}://{parts.hostname}/.../{parts.path.rpartition('/')[2]}")
     except ValueError:
         return "'...'"
+    if parts.scheme not in {"http", "https"} or not parts.hostname:
+        return "'...'"
+    return repr(f"{parts.scheme}://{parts.hostname}/.../{parts.path.rpartition('/')[2][-64:]}")
 
 
 @frozen
@@ -253,7 +262,8 @@ class Image:
     Attributes:
         url: Where it can be fetched, for a time that nobody has documented. It identifies your account.
         prompt: The prompt it was made from.
-        index: The place of that prompt in the request, from 0; None if the answer did not let it be told.
+        index: The place of that prompt in the request, from 0; None if the answer did not let it be told. Several
+            images of a request with one prompt are numbered.
         sha256: The SHA-256 of its bytes in hex, or None if the service did not say.
         raw: The decoded object of the answer.
         task_id: The task that made it, or None.
@@ -271,7 +281,7 @@ class Image:
         text = html.escape(self.prompt)
         try:
             parts = urlsplit(self.url)
-            shown = parts.scheme == "https" or is_loopback(parts.hostname or "")
+            shown = parts.scheme == "https" or (parts.scheme == "http" and is_loopback(parts.hostname or ""))
         except ValueError:
             shown = False
         picture = f'<img src="{html.escape(self.url)}" alt="{text}" style="max-width:100%">' if shown else ""
@@ -316,7 +326,8 @@ class Result:
         task_id: The task's id.
         images: The images, those matched with a prompt first, in the order of the prompts.
         submission: The receipt, or None for a task that was picked up by its id.
-        missing_prompts: The prompts that came back without an image. What that refunds is not documented.
+        missing_prompts: The prompts that no image could be matched with; an image without an index may be one of
+            theirs. What that refunds is not documented.
     """
 
     task_id: str
@@ -390,7 +401,8 @@ class Retries:
         attempts: How often a request is made at the most, the first time included. 1 repeats nothing.
         base_delay: See the formula.
         max_delay: See the formula.
-        max_retry_after: A `Retry-After` above this is not waited for: the error is raised, and carries it.
+        max_retry_after: A `Retry-After` above this is not waited for: the error is raised, and carries it. While a
+            task is waited for, it is the wait's own timeout that bounds it.
     """
 
     attempts: int = field(default=3, validator=_whole)

@@ -11,6 +11,7 @@ import logging
 from random import Random
 
 from ._errors import (
+    APIStatusError,
     ConceptVizError,
     Credits,
     DownloadError,
@@ -75,7 +76,7 @@ def retry_delay(error: ConceptVizError, attempt: int, retries: Retries, rng: Ran
 
 def _asked(error: ConceptVizError) -> float:
     """Return the seconds that the service asked to wait."""
-    return (error.retry_after or 0.0) if isinstance(error, RateLimitedError) else 0.0
+    return (error.retry_after or 0.0) if isinstance(error, APIStatusError) else 0.0
 
 
 def next_look(polling: Polling, rng: Random) -> float:

@@ -72,12 +72,14 @@ class Looks(AsyncIterator[TaskState]):
         if self._last is not None and self._last.is_terminal:
             raise StopAsyncIteration
         with anyio.move_on_after(max(0.0, self.deadline - anyio.current_time())):
-            while True:
+            state = None
+            while state is None:
                 await anyio.sleep(max(0.0, self.next_at - anyio.current_time()))
                 state = await self._look()
-                if state is not None:
-                    self._last = state
-                    return state
+            return state
+        # A slow hook may have used up the time after the look that found the end.
+        if self._last is not None and self._last.is_terminal:
+            return self._last
         raise self._timed_out()
 
     async def _look(self) -> TaskState | None:
@@ -99,6 +101,7 @@ class Looks(AsyncIterator[TaskState]):
         pause = pause_after_look(self.watch, self._error, poller.polling, poller.retries, poller.rng)
         self.next_at = now + pause
         if state is not None:
+            self._last = state
             await poller.emit(Polled(task_id=self.task_id, state=state, elapsed=now - self.started_at))
         elif self._error is not None:
             await poller.emit(

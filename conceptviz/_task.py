@@ -33,7 +33,6 @@ class AsyncTask:
         self._id = task_id
         self._submission = submission
         self._accepted_at = accepted_at
-        self._watch = Watch(task_id, accepted_at)
         self._end: TaskState | None = None
 
     def __repr__(self) -> str:
@@ -88,7 +87,7 @@ class AsyncTask:
 
         Source: "Step 2: Poll for Results", "Limits".
         """
-        return await self.wait_until(anyio.current_time(), timeout)
+        return await self._wait_until(anyio.current_time(), timeout)
 
     def watch(self, *, timeout: float | None = None) -> AsyncIterator[TaskState]:
         """Iterate over the looks at the task, the last of which finds it ended.
@@ -127,13 +126,14 @@ class AsyncTask:
             self._id,
             self._prompts,
             started_at=now if accepted is None else accepted,
-            next_at=now if accepted is None else max(now, accepted + polling.first_look),
+            # Never later than that from now: the clock of another event loop may have been ahead of this one's.
+            next_at=now if accepted is None else min(max(now, accepted + polling.first_look), now + polling.first_look),
             deadline=started + timeout,
             timeout=timeout,
-            watch=self._watch,
+            watch=Watch(self._id, accepted),
         )
 
-    async def wait_until(self, started: float, timeout: float | None) -> Result:
+    async def _wait_until(self, started: float, timeout: float | None) -> Result:
         """Wait as `wait` does, with the time counted from `started` on the event loop's clock."""
         elapsed = 0.0
         if self._end is None:

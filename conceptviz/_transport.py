@@ -11,14 +11,15 @@ import functools
 import itertools
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from random import Random
 from typing import TYPE_CHECKING, Any, TypeVar
-from urllib.parse import urlsplit
 
 import anyio
 import anyio.lowlevel
 import httpx
+from attrs import frozen
 
 from . import _wire
 from ._config import Secret
@@ -38,6 +39,9 @@ T = TypeVar("T")
 USER_AGENT = f"conceptviz-python/{__version__}"
 # Bodies are handed to the socket in pieces of this size: asyncio copies what a full socket does not take at once.
 _PIECE = 256 * 1024
+# What httpx raises for an exchange that fails. The last two are for a Location that it cannot read: it reads each,
+# though it is told to follow none, and lets the errors of its IDNA library through.
+EXCHANGE_ERRORS = (httpx.HTTPError, httpx.StreamError, httpx.InvalidURL, UnicodeError)
 # Raised before a connection exists, whatever the transport is.
 _NEVER_SENT = (
     httpx.ConnectError,
@@ -75,7 +79,9 @@ def open_http_client(
         transport=transport,
         headers={"User-Agent": USER_AGENT, "Accept-Encoding": "identity"},
         cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
-        timeout=timeout,
+        # TCP and TLS have half each: httpcore closes a socket that is late by its own clock, and drops one that is
+        # cancelled, as it would be by the bound on the whole.
+        timeout=httpx.Timeout(timeout, connect=timeout / 2),
         limits=httpx.Limits(max_connections=max_connections, max_keepalive_connections=max_connections),
         follow_redirects=False,
         trust_env=proxies,
@@ -113,12 +119,29 @@ class LoopBound:
     async def aclose(self) -> None:
         """Close the client; whatever is asked of it afterwards is refused."""
         self._closed = True
-        if self._token is not None and self._token == anyio.lowlevel.current_token():
-            await self._client.aclose()
+        token, self._token = self._token, None
+        if token is not None:
+            client = self._client
+            del self._client
+            # In another loop than its own it can only be dropped.
+            if token == anyio.lowlevel.current_token():
+                await client.aclose()
 
 
-async def read_body(response: httpx.Response) -> AsyncIterator[bytes]:
-    """Yield a body as it came over the wire; a mock's answer may have been read before it arrives."""
+@asynccontextmanager
+async def reading(response: httpx.Response) -> AsyncIterator[AsyncIterator[bytes]]:
+    """Give a body as it came over the wire, and close the response at the end, however that comes."""
+    chunks = _chunks(response)
+    try:
+        yield chunks
+    finally:
+        with anyio.CancelScope(shield=True), anyio.move_on_after(1):
+            await _finish(chunks)
+            await response.aclose()
+
+
+async def _chunks(response: httpx.Response) -> AsyncIterator[bytes]:
+    # A mock's answer may have been read before it arrives.
     if response.is_stream_consumed:
         yield response.content
     else:
@@ -126,14 +149,48 @@ async def read_body(response: httpx.Response) -> AsyncIterator[bytes]:
             yield chunk
 
 
-class _Unanswered(Exception):  # noqa: N818 - not an error yet: what it means depends on the request
-    """An exchange that brought no whole answer: what is known of it. Never leaves this module."""
+async def _finish(chunks: AsyncIterator[bytes]) -> None:
+    """End a body that was left before its end.
 
-    def __init__(self, reason: str, *, sent: bool, partial: Answer | None) -> None:
-        super().__init__(reason)
-        self.reason = reason
-        self.sent = sent
-        self.partial = partial
+    httpx reads through a chain of generators, and trio complains of each that the garbage collector finds unfinished.
+    The next read, cancelled, ends them all from within. A stream that never waits cannot be cancelled: hence the bound.
+    """
+    with anyio.CancelScope() as scope, suppress(*EXCHANGE_ERRORS, StopAsyncIteration):
+        scope.cancel()
+        for _ in range(1000):
+            await anext(chunks)
+
+
+class _Pieces(httpx.AsyncByteStream):
+    """A body in pieces. No generator, as httpx has: trio complains of one that a broken connection leaves open."""
+
+    def __init__(self, body: tuple[bytes, ...]) -> None:
+        self._left = (part[at : at + _PIECE] for part in body for at in range(0, len(part), _PIECE))
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self
+
+    async def __anext__(self) -> bytes:
+        for piece in self._left:
+            return piece
+        raise StopAsyncIteration
+
+
+@frozen
+class _Unanswered:
+    """An exchange that brought no whole answer: what it means depends on the request.
+
+    It is a value: an error raised in the exchange would keep its frame, and with it the request and what came back.
+
+    Attributes:
+        reason: What happened, in our words.
+        sent: Whether the service may have the request.
+        partial: What arrived of an answer.
+    """
+
+    reason: str
+    sent: bool
+    partial: Answer | None
 
 
 class Transport:
@@ -168,7 +225,12 @@ class Transport:
         self._retries = retries
         self._emit = emit
         self._rng = rng
-        self._host = urlsplit(base_url).hostname
+        try:
+            self._host = httpx.URL(base_url).host
+        except (httpx.InvalidURL, UnicodeError):  # the first for most, the second for a bad "xn--" label
+            raise InvalidRequestError(
+                "The base URL's host is not one that can be connected to. Nothing was sent."
+            ) from None
         tls = base_url.startswith("https:")
         self._http = LoopBound(
             # Without TLS the host is this machine, and a proxy would be handed the key.
@@ -187,13 +249,15 @@ class Transport:
         """
 
         async def attempt() -> Submission:
-            try:
-                answer = await self._exchange(call)
-            except _Unanswered as lost:
-                if not lost.sent:
-                    raise self._not_sent(lost) from None
-                return _wire.unanswered_submission(lost.reason, lost.partial, request)
-            return _wire.parse_submission(answer, request)
+            answer = await self._exchange(call)
+            if isinstance(answer, Answer):
+                return _wire.parse_submission(answer, request)
+            if answer.sent:
+                return _wire.unanswered_submission(answer.reason, answer.partial, request)
+            raise NotSentError(
+                f"The request was not sent: {answer.reason} ({self._host}). Nothing was spent; it is safe to submit "
+                "again."
+            )
 
         return await self._retrying(attempt, None, spends=True)
 
@@ -205,16 +269,15 @@ class Transport:
             APIStatusError: The service answered with an error status.
             UnexpectedResponseError: The answer is not the documented shape.
         """
-        try:
-            answer = await self._exchange(_wire.build_look(task_id))
-        except _Unanswered as lost:
-            raise PollInterruptedError(
-                f"A look at task {task_id} failed: {lost.reason}. The task goes on at the service and is paid for: "
-                "take it up again by its id.",
-                task_id=task_id,
-                credits=Credits.SPENT,
-            ) from None
-        return _wire.parse_task(answer, task_id, prompts)
+        answer = await self._exchange(_wire.build_look(task_id))
+        if isinstance(answer, Answer):
+            return _wire.parse_task(answer, task_id, prompts)
+        raise PollInterruptedError(
+            f"A look at task {task_id} failed: {answer.reason}. The task goes on at the service and is paid for: "
+            "take it up again by its id.",
+            task_id=task_id,
+            credits=Credits.SPENT,
+        )
 
     async def look_patiently(self, task_id: str, prompts: tuple[str, ...]) -> TaskState:
         """Look at a task, again and again if the look itself fails in a passing way.
@@ -238,11 +301,6 @@ class Transport:
         """Close the connections."""
         await self._http.aclose()
 
-    def _not_sent(self, lost: _Unanswered) -> NotSentError:
-        return NotSentError(
-            f"The request was not sent: {lost.reason} ({self._host}). Nothing was spent; it is safe to submit again."
-        )
-
     async def _retrying(self, attempt: Callable[[], Awaitable[T]], task_id: str | None, *, spends: bool) -> T:
         for number in itertools.count(1):
             try:
@@ -255,12 +313,8 @@ class Transport:
             await anyio.sleep(delay)
         raise AssertionError("unreachable")  # pragma: no cover - itertools.count has no end
 
-    async def _exchange(self, call: ApiCall) -> Answer:
-        """Send one request and read its answer to the end, within the timeout.
-
-        Raises:
-            _Unanswered: There is no whole answer.
-        """
+    async def _exchange(self, call: ApiCall) -> Answer | _Unanswered:
+        """Send one request and read its answer to the end, within the timeout."""
         client, limiter = self._http.get()
         reached: set[str] = set()
         received: dict[str, Any] = {}
@@ -275,45 +329,46 @@ class Transport:
                 try:
                     request = self._request(client, call, trace)
                     response = await client.send(request, stream=True)
-                    try:
+                    async with reading(response) as chunks:
                         received["status_code"] = response.status_code
                         received["headers"] = {k.lower(): v for k, v in response.headers.items()}
                         body = received["body"] = bytearray()
-                        async for chunk in read_body(response):
+                        async for chunk in chunks:
                             body += chunk
                             if len(body) > MAX_ANSWER_BYTES:
                                 break
-                    finally:
-                        with anyio.CancelScope(shield=True), anyio.move_on_after(1):
-                            await response.aclose()
-                except (httpx.HTTPError, httpx.StreamError) as error:
+                except EXCHANGE_ERRORS as error:
                     reason = _reason(error)
                     never_sent = isinstance(error, _NEVER_SENT)
         if scope.cancelled_caught:
             reason = f"no whole answer came within {self._timeout:g} s"
         answer = self._answer(received) if received else None
-        if not reason:
-            assert answer is not None
+        if answer is not None and not reason:
             return answer
         # The line between "not sent" and "may have been sent" is the first byte of the request's head. The transports
         # that report their steps say when they cross it; for the others there is only the kind of the error.
         sent = any(step.endswith("send_request_headers.started") for step in reached)
         if not reached:
             sent = not never_sent
-        raise _Unanswered(reason, sent=sent, partial=answer)
+        return _Unanswered(reason, sent, answer)
 
     def _request(self, client: httpx.AsyncClient, call: ApiCall, trace: Any) -> httpx.Request:
         headers = httpx.Headers({"Authorization": f"Bearer {self._key.reveal()}"})
         if call.content_type is not None:
             headers["Content-Type"] = call.content_type
             headers["Content-Length"] = str(call.content_length)
-        return client.build_request(
-            call.method,
-            self._base_url + call.path,
-            headers=headers,
-            content=_pieces(call.body) if call.content_length > _PIECE else b"".join(call.body),
-            extensions={"trace": trace},
+        whole = b"".join(call.body) if call.content_length <= _PIECE else None
+        request = client.build_request(
+            call.method, self._base_url + call.path, headers=headers, content=whole, extensions={"trace": trace}
         )
+        pieces = _Pieces(call.body)
+        if whole is None:
+            return httpx.Request(
+                request.method, request.url, headers=request.headers, stream=pieces, extensions=request.extensions
+            )
+        # A small body can still be read off the request, as mocks do.
+        request.stream = pieces
+        return request
 
     def _answer(self, received: dict[str, Any]) -> Answer:
         """Make the answer, without the key should the service have repeated it."""
@@ -321,12 +376,6 @@ class Transport:
         headers = {name: value.replace(key, repr(self._key)) for name, value in received["headers"].items()}
         body = _decoded(bytes(received.get("body", b"")), headers.get("content-encoding", ""))
         return Answer(received["status_code"], headers, body.replace(key.encode(), repr(self._key).encode()))
-
-
-async def _pieces(body: tuple[bytes, ...]) -> AsyncIterator[bytes]:
-    for part in body:
-        for start in range(0, len(part), _PIECE):
-            yield part[start : start + _PIECE]
 
 
 def _decoded(body: bytes, encoding: str) -> bytes:

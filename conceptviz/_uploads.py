@@ -41,20 +41,33 @@ async def build_edit_call(request: EditRequest) -> ApiCall:
 
 
 def _build(request: EditRequest) -> ApiCall:
-    images = [_read(image, f"Image {n}") for n, image in enumerate(request.images, 1)]
+    # A str is a URL here, and with a URL the edit goes as JSON.
+    is_json = any(isinstance(image, str) for image in request.images)
+    images = [_read(image, f"Image {n}", is_json) for n, image in enumerate(request.images, 1)]
     return _wire.build_edit(request, images, boundary=secrets.token_hex(16))
 
 
-def _read(image: ImageInput, name: str) -> ImageFile | str:
+def _read(image: ImageInput, name: str, as_base64: bool) -> ImageFile | str:
     if isinstance(image, str):
         return _check_url(image, name)
+    file = _read_file(image, name)
+    return ImageFile(base64.b64encode(file.content), file.format, is_base64=True) if as_base64 else file
+
+
+def _read_file(image: ImageInput, name: str) -> ImageFile:
     if isinstance(image, Path):
         return _check_bytes(_read_path(image, name), f"{name} ({image})")
     if isinstance(image, bytes | bytearray | memoryview):
         return _check_bytes(bytes(image), name)
-    if hasattr(image, "read"):
+    if hasattr(image, "read") and not isinstance(image, str):
         try:
             content = image.read(IMAGE_BYTES_LIMIT + 1)
+            # A raw file may give less than it has.
+            while isinstance(content, bytes) and 0 < len(content) <= IMAGE_BYTES_LIMIT:
+                more = image.read(IMAGE_BYTES_LIMIT + 1 - len(content))
+                if not more:
+                    break
+                content += more
         except (OSError, ValueError) as error:
             raise InvalidRequestError(f"{name} could not be read: {error}. Nothing was sent.") from error
         if not isinstance(content, bytes):
@@ -97,15 +110,21 @@ def _read_path(path: Path, name: str) -> bytes:
     """Read a regular file of at most the limit and one byte more, without ever blocking on a FIFO or a device."""
     try:
         descriptor = os.open(path, _OPEN_FLAGS)
-        with open(descriptor, "rb") as file:  # noqa: PTH123 - opened by its descriptor, so that it is checked as opened
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise InvalidRequestError(f"{name} ({path}) is not a regular file. Nothing was sent.")
-            return file.read(IMAGE_BYTES_LIMIT + 1)
+        try:
+            # Of what was opened, not of the path: that may name another file by now.
+            is_regular = stat.S_ISREG(os.fstat(descriptor).st_mode)
+            content = b""
+            if is_regular:
+                with open(descriptor, "rb", closefd=False) as file:
+                    content = file.read(IMAGE_BYTES_LIMIT + 1)
+        finally:
+            os.close(descriptor)
     except (OSError, ValueError) as error:
-        if isinstance(error, InvalidRequestError):
-            raise
         why = (error.strerror if isinstance(error, OSError) else None) or str(error)
         raise InvalidRequestError(f"{name} ({path}) could not be read: {why}. Nothing was sent.") from error
+    if not is_regular:
+        raise InvalidRequestError(f"{name} ({path}) is not a regular file. Nothing was sent.")
+    return content
 
 
 def _check_bytes(content: bytes, name: str) -> ImageFile:

@@ -8,29 +8,21 @@ from __future__ import annotations
 
 import base64
 import json
+import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import quote
 
 from attrs import field, frozen
 
-from . import _spec
+from . import _refusals, _spec
 from ._errors import (
     APIStatusError,
-    AuthenticationError,
-    BadRequestError,
-    ConceptVizError,
     Credits,
     GenerationFailedError,
     InsufficientCreditsError,
-    InvalidImageError,
     InvalidRequestError,
-    ModerationBlockedError,
-    PlanError,
-    PlanLimitExceededError,
-    RateLimitedError,
     ServerError,
     SubmissionUnknownError,
     TaskNotFoundError,
@@ -41,9 +33,13 @@ from ._json import count_or_none, flag_or_none, read_mapping, text_or_none
 from ._matching import match_images
 from ._models import EditRequest, GenerateRequest, Image, Result, Submission, TaskState
 
+logger = logging.getLogger("conceptviz")
+
 _TASK_ID = re.compile(_spec.TASK_ID_CHARACTERS)
-# A task id in a body that is otherwise unreadable: the id of a paid task is worth more than the body's good form.
-_SALVAGE = re.compile(rb'"task(?:I|_i)d"\s*:\s*"(' + _spec.TASK_ID_CHARACTERS.encode() + rb')"')
+# A task id in a body that is not as documented: the id of a paid task is worth more than the body's good form.
+_SALVAGE = tuple(
+    re.compile(rb'"%s"\s*:\s*"(%s)"' % (key, _spec.TASK_ID_CHARACTERS.encode())) for key in (b"taskId", b"task_id")
+)
 _HASH = re.compile(r"[0-9a-fA-F]{64}")
 
 
@@ -91,10 +87,12 @@ class ImageFile:
     Attributes:
         content: Its bytes.
         format: What its leading bytes say it is.
+        is_base64: Whether `content` is base64 already, as a JSON edit needs it: then nobody keeps the bytes themselves.
     """
 
     content: bytes = field(repr=False)
     format: ImageFormat
+    is_base64: bool = False
 
 
 def build_generate(request: GenerateRequest) -> ApiCall:
@@ -163,12 +161,17 @@ def parse_submission(answer: Answer, request: GenerateRequest | EditRequest) -> 
         GenerationFailedError: HTTP 500 GENERATION_FAILED, documented as refunded.
         SubmissionUnknownError: It cannot be told whether the request was accepted.
     """
-    data = read_mapping(answer.body)
-    task_id = data.get("taskId") or data.get("task_id")
-    if not isinstance(task_id, str) or len(task_id) > 512 or task_id in {".", ".."}:
-        salvaged = _SALVAGE.search(answer.body)
-        task_id = salvaged[1].decode() if salvaged else None
-    if task_id:
+    data, status = read_mapping(answer.body), answer.status_code
+    task_id = _find_task_id(data, answer.body)
+    if task_id is not None:
+        salvaged = task_id not in (data.get("taskId"), data.get("task_id"))
+        if salvaged or not 200 <= status < 300:
+            logger.warning(
+                "A submit was answered with HTTP %d and not as documented, but the answer names task %s: it counts as "
+                "accepted and paid for.",
+                status,
+                task_id,
+            )
         return Submission(
             task_id=task_id,
             status=text_or_none(data.get("status")) or "pending",
@@ -180,27 +183,20 @@ def parse_submission(answer: Answer, request: GenerateRequest | EditRequest) -> 
             prompts=request.prompts,
             raw=data,
         )
-    status, code = answer.status_code, text_or_none(data.get("code"))
-    if code == _spec.GENERATION_FAILED:
-        raise GenerationFailedError(
-            f"The service could not generate ({_said(data, code, status)}). The API page says that the credits were "
-            "refunded; the answer held no task id to check it by. It can be submitted again.",
-            code=code,
-            api_message=text_or_none(data.get("error")),
-            credits_refunded=flag_or_none(data.get("credits_refunded")),
-            credits=Credits.REFUNDED,
+    code = text_or_none(data.get("code"))
+    if not _refusals.is_refusal(code, status):
+        expected = request.expected_credits
+        raise SubmissionUnknownError(
+            "The submit was answered without the id of a task "
+            f"({_refusals.quoted(text_or_none(data.get('error')), code, status)}). "
+            f"{_refusals.may_be_charged(expected)}",
+            status_code=status,
+            body=answer.body,
+            expected_credits=expected,
         )
-    # 408 and 409 may come from a gateway behind which the request went on.
-    if code in _spec.ERROR_CODES or (400 <= status < 500 and status not in {408, 409}):
-        raise parse_error(answer, credits=Credits.NOT_SPENT)
-    expected = request.expected_credits
-    raise SubmissionUnknownError(
-        f"The submit was answered with HTTP {status} but without a task id ({_said(data, code, status)}). "
-        f"{_may_be_charged(expected)}",
-        status_code=status,
-        body=answer.body,
-        expected_credits=expected,
-    )
+    if code == _spec.GENERATION_FAILED:
+        raise _failed_at_once(data, status)
+    raise parse_error(answer)
 
 
 def unanswered_submission(reason: str, partial: Answer | None, request: GenerateRequest | EditRequest) -> Submission:
@@ -209,22 +205,14 @@ def unanswered_submission(reason: str, partial: Answer | None, request: Generate
     Raises:
         SubmissionUnknownError: What arrived holds no task id.
     """
-    if partial is not None and _SALVAGE.search(partial.body):
+    if partial is not None and _find_task_id(read_mapping(partial.body), partial.body) is not None:
         return parse_submission(partial, request)
     expected = request.expected_credits
     raise SubmissionUnknownError(
-        f"The submit was sent, but {reason} before an answer was read. {_may_be_charged(expected)}",
+        f"The submit was sent, but {reason} before an answer was read. {_refusals.may_be_charged(expected)}",
         status_code=partial.status_code if partial else None,
         body=partial.body if partial else b"",
         expected_credits=expected,
-    )
-
-
-def _may_be_charged(expected: int | None) -> str:
-    cost = "its credits" if expected is None else f"{expected} credits"
-    return (
-        f"It may have been accepted and {cost} charged, so it is not sent again by itself. Compare the credits in your "
-        "account before you submit it again."
     )
 
 
@@ -242,13 +230,15 @@ def parse_task(answer: Answer, task_id: str, prompts: Sequence[str] = ()) -> Tas
         APIStatusError: The service answered with an error status.
         UnexpectedResponseError: The answer is not the documented shape.
     """
-    if not 200 <= answer.status_code < 300:
-        raise parse_error(answer, credits=Credits.SPENT, task_id=task_id)
     data = read_mapping(answer.body)
+    # A body that is an error's is one, whatever the HTTP status: there is nothing in it to wait for.
+    is_error = "status" not in data and text_or_none(data.get("code")) in _spec.ERROR_CODES
+    if is_error or not 200 <= answer.status_code < 300:
+        raise parse_error(answer, task_id)
     if not data:
         raise UnexpectedResponseError(
-            f"A look at task {task_id} was answered with something that is not a JSON object. The task itself goes on "
-            "and is paid for; look again later.",
+            f"A look at task {task_id} was answered without a readable JSON object. The task itself goes on and is "
+            "paid for: look again later.",
             status_code=answer.status_code,
             body=answer.body,
             task_id=task_id,
@@ -283,39 +273,14 @@ def failed_state(error: ServerError, task_id: str) -> TaskState:
 def build_result(state: TaskState, submission: Submission | None) -> Result:
     """Make the result of a task that has ended.
 
-    Source: "Response (completed)" and "Response (failed)".
+    Source: "Response (completed)" and "Response (failed)"; "Error Codes".
 
     Raises:
         GenerationFailedError: It ended as failed.
-        ModerationBlockedError: It ended as failed because the service's safety checks blocked it.
+        APIStatusError: It ended as failed with another documented code, such as ModerationBlockedError.
     """
     if state.status == _spec.STATUS_FAILED:
-        refund = {
-            True: "The service says that the credits were refunded.",
-            False: "The service says that the credits were not refunded.",
-            None: "The service did not say whether the credits were refunded.",
-        }[state.credits_refunded]
-        credits = {True: Credits.REFUNDED, False: Credits.SPENT, None: Credits.UNKNOWN}[state.credits_refunded]
-        said = _said({"error": state.error}, state.code, None)
-        if state.code == "INPUT_MODERATION_BLOCKED":
-            raise ModerationBlockedError(
-                f"Task {state.task_id} was blocked by the service's safety checks ({said}). {refund} "
-                f"{_ADVICE['INPUT_MODERATION_BLOCKED']}",
-                status_code=_spec.ERROR_CODES["INPUT_MODERATION_BLOCKED"],
-                code=state.code,
-                api_message=state.error,
-                body=dict(state.raw),
-                task_id=state.task_id,
-                credits=credits,
-            )
-        raise GenerationFailedError(
-            f"Task {state.task_id} ended as failed ({said}). {refund} It can be submitted again.",
-            code=state.code,
-            api_message=state.error,
-            credits_refunded=state.credits_refunded,
-            task_id=state.task_id,
-            credits=credits,
-        )
+        raise _failure(state)
     prompts = submission.prompts if submission else ()
     found = {image.index for image in state.images}
     return Result(
@@ -326,103 +291,110 @@ def build_result(state: TaskState, submission: Submission | None) -> Result:
     )
 
 
-_CODE_CLASSES: dict[str, type[APIStatusError]] = {
-    "INPUT_MODERATION_BLOCKED": ModerationBlockedError,
-    "INVALID_IMAGE": InvalidImageError,
-    "INSUFFICIENT_CREDITS": InsufficientCreditsError,
-    "PLAN_LIMIT_EXCEEDED": PlanLimitExceededError,
-}
-_STATUS_CLASSES: dict[int, type[APIStatusError]] = {
-    400: BadRequestError,
-    401: AuthenticationError,
-    402: InsufficientCreditsError,
-    403: PlanError,
-    404: TaskNotFoundError,
-    429: RateLimitedError,
-}
-_ADVICE = {
-    "INVALID_IMAGE": "Give PNG, JPEG or WebP files of at most 20 MB, or URLs that anyone can fetch.",
-    "UNSUPPORTED_MODEL": "The API page lists cv-2 and cv-1.",
-    "UNAUTHORIZED": "Give the key as api_key= or in CONCEPTVIZ_API_KEY.",
-    "INVALID_API_KEY": "The key is wrong, disabled, or was replaced: see Settings > API Keys.",
-    "INSUFFICIENT_CREDITS": "Add credits to the account, or ask for fewer or cheaper images.",
-    "PLAN_REQUIRED": "API access needs a Pro plan or higher.",
-    "QUALITY_NOT_ALLOWED": "Ask for a lower quality, or for a plan that has this one.",
-    "PLAN_LIMIT_EXCEEDED": "Submit fewer prompts in one request.",
-    "TASK_NOT_FOUND": "The id is wrong, or the task belongs to the account of another API key.",
-    "MODERATION_RATE_LIMITED": "Wait a little and submit more slowly.",
-    "INPUT_MODERATION_BLOCKED": "Change the prompt or the image.",
-    "CREDIT_CONSUMPTION_FAILED": "Try again later.",
-}
-
-
-def parse_error(answer: Answer, *, credits: Credits, task_id: str | None = None) -> ConceptVizError:
-    """Return the error that an error status stands for: by its code first, by its status second.
+def parse_error(answer: Answer, task_id: str | None = None) -> APIStatusError | UnexpectedResponseError:
+    """Return the error that an answer stands for: by its code first, by its status second.
 
     Source: "Error Handling", "Error Codes".
 
     Args:
         answer: An answer that is not a success.
-        credits: What is known of the credits: of this submit, or of the task that was asked for.
-        task_id: The task that was asked for, if any.
+        task_id: The task that was asked for; None if the answer refuses a submit.
     """
     data, status = read_mapping(answer.body), answer.status_code
-    code = text_or_none(data.get("code"))
-    family = _spec.ERROR_CODES.get(code or "", status)
-    cls = _CODE_CLASSES.get(code or "") or _STATUS_CLASSES.get(family)
-    if cls is None:
-        cls = ServerError if family >= 500 else BadRequestError if family >= 400 else None
+    code, message = text_or_none(data.get("code")), text_or_none(data.get("error"))
+    cls = _refusals.error_class(code, status)
+    if task_id is None:
+        spent, credits = "Nothing was spent.", Credits.NOT_SPENT
+    elif cls is TaskNotFoundError:
+        spent, credits = f"Whether task {task_id} was paid for is not known.", Credits.UNKNOWN
+    else:
+        spent, credits = f"Task {task_id} itself is paid for and keeps its id.", Credits.SPENT
     if cls is None:
         return UnexpectedResponseError(
-            f"The service answered with HTTP {status}, which is not documented, and which is not followed.",
+            f"The service answered in a way that is not documented ({_refusals.quoted(message, code, status)}), and "
+            f"that is not followed. {spent} Look again later.",
             status_code=status,
             body=answer.body,
             task_id=task_id,
             credits=credits,
         )
-    spent = {
-        Credits.NOT_SPENT: "Nothing was spent.",
-        Credits.SPENT: f"Task {task_id} itself is paid for and keeps its id.",
-    }.get(credits, "Whether credits were spent is not known.")
-    extra: dict[str, Any] = {}
+    left, after = count_or_none(data.get("credits_remaining")), _refusals.parse_retry_after(answer.headers)
+    if after is not None:
+        spent = f"The service asks to wait {after:g} s. {spent}"
+    details: dict[str, Any] = {}
     if cls is InsufficientCreditsError:
-        extra["credits_remaining"] = left = count_or_none(data.get("credits_remaining"))
+        details["credits_remaining"] = left
         spent = spent if left is None else f"{left} credits are left. {spent}"
-    elif cls is RateLimitedError:
-        extra["retry_after"] = after = parse_retry_after(answer.headers)
-        spent = spent if after is None else f"The service asks to wait {after:g} s. {spent}"
-    advice = _ADVICE.get(code or "", "")
     return cls(
-        f"The service refused the request ({_said(data, code, status)}). {spent} {advice}".rstrip(),
+        f"The service refused the request ({_refusals.quoted(message, code, status)}). {spent} "
+        f"{_refusals.advice(code, cls, task_id)}",
         status_code=status,
         code=code,
-        api_message=text_or_none(data.get("error")),
+        api_message=message,
         body=data or None,
+        retry_after=after,
         task_id=task_id,
         credits=credits,
-        **extra,
+        **details,
     )
 
 
-def parse_retry_after(headers: Mapping[str, str]) -> float | None:
-    """Return the seconds that a `Retry-After` header asks to wait, or None if it is absent, past or unreadable.
-
-    A date is measured against the answer's own `Date`, so that a wrong local clock does no harm.
-    """
-    value = headers.get("retry-after", "").strip()
-    if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", value, re.ASCII):
-        return float(value)
-    try:
-        seconds = (parsedate_to_datetime(value) - parsedate_to_datetime(headers["date"])).total_seconds()
-    except (ValueError, TypeError, KeyError, IndexError, OverflowError):
+def _find_task_id(data: Mapping[str, Any], body: bytes) -> str | None:
+    """Return the id of the task that an answer to a submit names, wherever it stands, or None."""
+    for value in (data.get("taskId"), data.get("task_id")):
+        if isinstance(value, str) and 0 < len(value) <= 512 and value not in {".", ".."}:
+            return value
+    if text_or_none(data.get("code")) in _spec.ERROR_CODES:
+        # A refusal that was read whole: an id somewhere inside it is some other task's.
         return None
-    return seconds if seconds > 0 else None
+    # Without the zero bytes, UTF-16 is readable too.
+    text = body.replace(b"\0", b"")
+    found = next(filter(None, (pattern.search(text) for pattern in _SALVAGE)), None)
+    return found[1].decode() if found else None
 
 
-def _said(data: Mapping[str, Any], code: str | None, status: int | None) -> str:
-    """Quote the service: its sentence, its code and the HTTP status, as far as there are any."""
-    sentence = (text_or_none(data.get("error")) or "no readable message")[:500]
-    return ", ".join(filter(None, [sentence, code, f"HTTP {status}" if status else None]))
+def _failed_at_once(data: Mapping[str, Any], status: int) -> GenerationFailedError:
+    """Source: "Error Codes": GENERATION_FAILED, "credits auto-refunded"."""
+    message, refunded = text_or_none(data.get("error")), flag_or_none(data.get("credits_refunded"))
+    said, credits = _refusals.refund(refunded)
+    if refunded is None:
+        said, credits = "The API page says that the credits are refunded.", Credits.REFUNDED
+    return GenerationFailedError(
+        f"The service could not generate ({_refusals.quoted(message, _spec.GENERATION_FAILED, status)}). {said} There "
+        "is no task id to look it up by. It can be submitted again.",
+        code=_spec.GENERATION_FAILED,
+        api_message=message,
+        credits_refunded=refunded,
+        credits=credits,
+    )
+
+
+def _failure(state: TaskState) -> GenerationFailedError | APIStatusError:
+    """Return the error of a task that ended as failed: by its code, which may be any of the documented ones."""
+    code, message = state.code, state.error
+    said, credits = _refusals.refund(state.credits_refunded)
+    happened = f"Task {state.task_id} ended as failed ({_refusals.quoted(message, code)}). {said}"
+    if code is not None and code != _spec.GENERATION_FAILED and code in _spec.ERROR_CODES:
+        status = _spec.ERROR_CODES[code]
+        cls = _refusals.error_class(code, status)
+        assert cls is not None  # each documented code has a class
+        return cls(
+            f"{happened} {_refusals.advice(code, cls, state.task_id)}",
+            status_code=status,
+            code=code,
+            api_message=message,
+            body=dict(state.raw),
+            task_id=state.task_id,
+            credits=credits,
+        )
+    return GenerationFailedError(
+        f"{happened} It can be submitted again.",
+        code=code,
+        api_message=message,
+        credits_refunded=state.credits_refunded,
+        task_id=state.task_id,
+        credits=credits,
+    )
 
 
 def _settings(request: GenerateRequest | EditRequest) -> dict[str, str]:
@@ -443,7 +415,7 @@ def _json_edit(fields: Mapping[str, str], images: Sequence[ImageFile | str]) -> 
             yield comma + json.dumps(image).encode()
         else:
             yield comma + b'"data:' + image.format.media_type.encode() + b";base64,"
-            yield base64.b64encode(image.content)
+            yield image.content if image.is_base64 else base64.b64encode(image.content)
             yield b'"'
     yield b"]}"
 
