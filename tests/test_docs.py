@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import anyio
@@ -30,7 +31,7 @@ def blocks(page: Path) -> list[tuple[str, str]]:
 
 
 @pytest.fixture(scope="module")
-def simulator_url():
+def simulator_url() -> Iterator[tuple[str, str]]:
     """A served simulator, fast enough that no reader's example takes long."""
     simulator = Simulator(credits=1000, speed=200, seed=7)
     with simulator.serve() as base_url:
@@ -46,8 +47,10 @@ def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, simulator_url: tuple
     monkeypatch.chdir(tmp_path)
     quick = Polling(min_interval=0.05, max_interval=0.1, first_look=0.05)
     for client in (AsyncConceptViz, ConceptViz):
-        assert "polling" in client.__init__.__kwdefaults__
-        monkeypatch.setitem(client.__init__.__kwdefaults__, "polling", quick)
+        defaults = client.__init__.__kwdefaults__
+        assert defaults is not None
+        assert "polling" in defaults
+        monkeypatch.setitem(defaults, "polling", quick)
     from PIL import Image
 
     for name in ("sketch.png", "reference-1.png", "reference-2.png"):
@@ -74,7 +77,7 @@ def run_cells(codes: list[str], page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
-def test_the_python_blocks_of_a_page_run(page: Path, reader: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_python_blocks_of_a_page_run(page: Path, reader: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     codes = [code for language, code in blocks(page) if language == "python"]
     if any("simulator.transport()" in code for code in codes):
         monkeypatch.delenv("CONCEPTVIZ_BASE_URL")  # the page brings its own service
@@ -82,7 +85,7 @@ def test_the_python_blocks_of_a_page_run(page: Path, reader: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
-def test_the_shell_blocks_of_a_page_run(page: Path, reader: Path):
+def test_the_shell_blocks_of_a_page_run(page: Path, reader: Path) -> None:
     """Lines that install something are for a new environment; what they install is what these tests run in."""
     scripts = Path(sys.executable).parent
     environment = {**os.environ, "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}"}
@@ -92,7 +95,7 @@ def test_the_shell_blocks_of_a_page_run(page: Path, reader: Path):
         subprocess.run(["bash", "-euo", "pipefail", "-c", code], cwd=reader, env=environment, check=True, timeout=50)
 
 
-def test_the_readme_s_commands_are_the_two_of_the_project():
+def test_the_readme_s_commands_are_the_two_of_the_project() -> None:
     """The first command makes a diagram, the second runs the tests."""
     first, second = [code.strip() for language, code in blocks(ROOT / "README.md") if language == "sh"]
     assert len(first.splitlines()) == len(second.splitlines()) == 1
@@ -101,11 +104,11 @@ def test_the_readme_s_commands_are_the_two_of_the_project():
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
-def test_the_links_of_a_page_lead_somewhere(page: Path):
+def test_the_links_of_a_page_lead_somewhere(page: Path) -> None:
     for target in LINK.findall(page.read_text("utf-8")):
         assert (page.parent / target).exists(), target
 
 
-def test_every_language_of_a_block_is_known():
+def test_every_language_of_a_block_is_known() -> None:
     """A block in a language that nothing runs would go stale unseen."""
     assert {language for page in PAGES for language, _ in blocks(page)} <= {"python", "sh", "json", "text"}

@@ -16,13 +16,13 @@ def is_class(value: object) -> bool:
     return issubclass(type(value), type)
 
 
-def test_all_is_sorted_and_each_name_is_there():
+def test_all_is_sorted_and_each_name_is_there() -> None:
     assert conceptviz.__all__ == sorted(conceptviz.__all__)
     for name in conceptviz.__all__:
         assert getattr(conceptviz, name) is not None
 
 
-def test_type_checkers_and_python_see_the_same_names():
+def test_type_checkers_and_python_see_the_same_names() -> None:
     """The names under TYPE_CHECKING, those in `__all__` and those that load are one list, from the same modules."""
     tree = ast.parse(Path(conceptviz.__file__).read_text("utf-8"))
     declared = {
@@ -38,7 +38,7 @@ def test_type_checkers_and_python_see_the_same_names():
             assert value.__module__ == f"conceptviz.{module}"
 
 
-def test_every_error_and_event_is_exported():
+def test_every_error_and_event_is_exported() -> None:
     from conceptviz import _errors, _events
 
     for module, base in [(_errors, conceptviz.ConceptVizError), (_events, conceptviz.Event)]:
@@ -47,17 +47,17 @@ def test_every_error_and_event_is_exported():
                 assert name in conceptviz.__all__
 
 
-def test_an_unknown_name_is_an_attribute_error():
+def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no attribute 'Diagram'"):
         conceptviz.Diagram  # noqa: B018 - the access is what is tested
 
 
-def test_dir_lists_the_public_names():
+def test_dir_lists_the_public_names() -> None:
     assert set(conceptviz.__all__) <= set(dir(conceptviz))
 
 
 @pytest.mark.parametrize("name", [n for n in conceptviz.__all__ if is_class(getattr(conceptviz, n))])
-def test_public_classes_and_methods_are_documented(name: str):
+def test_public_classes_and_methods_are_documented(name: str) -> None:
     """Every public class has a docstring, and so has each of its public methods and properties."""
     cls = getattr(conceptviz, name)
     assert cls.__doc__
@@ -68,7 +68,7 @@ def test_public_classes_and_methods_are_documented(name: str):
 
 
 @pytest.mark.parametrize("client", ["AsyncConceptViz", "AsyncTask"])
-def test_methods_that_do_io_say_what_they_raise_cost_and_implement(client: str):
+def test_methods_that_do_io_say_what_they_raise_cost_and_implement(client: str) -> None:
     """Each coroutine method of the public face has Raises, Credits and Source."""
     for name, method in vars(getattr(conceptviz, client)).items():
         if inspect.iscoroutinefunction(method) and not name.startswith("_") and name != "aclose":

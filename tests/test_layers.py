@@ -60,7 +60,7 @@ def imported(path: Path, *, typing_too: bool = False) -> set[str]:
 
 
 @pytest.mark.parametrize("path", modules(), ids=lambda path: path.stem)
-def test_imports_run_one_way(path: Path):
+def test_imports_run_one_way(path: Path) -> None:
     """A module of the core imports only what lies below it."""
     assert path.stem in RANK, f"{path.name} has no place in the house: give it a layer here"
     for name in imported(path):
@@ -69,12 +69,12 @@ def test_imports_run_one_way(path: Path):
             assert RANK.get(target, len(LAYERS)) < RANK[path.stem], f"{path.stem} must not import {target}"
 
 
-def test_every_layer_is_inhabited():
+def test_every_layer_is_inhabited() -> None:
     """A module that has gone leaves no name behind in the layers."""
     assert RANK.keys() == {path.stem for path in modules()}
 
 
-def test_httpx_is_behind_three_doors():
+def test_httpx_is_behind_three_doors() -> None:
     """A move to another HTTP library costs three files."""
     doors = {
         path.relative_to(PACKAGE).as_posix()
@@ -84,8 +84,8 @@ def test_httpx_is_behind_three_doors():
     assert doors == {"_transport.py", "_downloads.py", "simulator/_transport.py"}
 
 
-def test_no_module_knows_asyncio_or_trio():
-    """Trio users are users. (The simulator asks trio for its test clock, if a test uses one.)"""
+def test_no_module_knows_asyncio_or_trio() -> None:
+    """Trio users are users. Only the simulator looks at trio, for the clock of its tests."""
     for path in [*PACKAGE.glob("*.py"), *(PACKAGE / "cli").glob("*.py")]:
         known = {name.split(".")[0] for name in imported(path, typing_too=True)}
         assert not known & {"asyncio", "trio"}, path
@@ -94,20 +94,20 @@ def test_no_module_knows_asyncio_or_trio():
 @pytest.mark.parametrize(
     "name", ["_spec", "_errors", "_models", "_images", "_json", "_matching", "_wire", "_policy", "_events"]
 )
-def test_the_pure_core_does_no_io(name: str):
+def test_the_pure_core_does_no_io(name: str) -> None:
     """No clock, no socket, no event loop in the pure modules."""
     impure = {"anyio", "httpx", "os", "io", "socket", "time", "subprocess", "threading", "sqlite3", "tempfile"}
     assert not {part.split(".")[0] for part in imported(PACKAGE / f"{name}.py")} & impure
 
 
-def test_the_simulator_is_a_reading_of_its_own():
+def test_the_simulator_is_a_reading_of_its_own() -> None:
     """The simulator shares nothing with the client, so that a wrong key cannot pass both sides."""
     for path in (PACKAGE / "simulator").rglob("*.py"):
         ours = {name for name in imported(path, typing_too=True) if name.startswith("conceptviz")}
         assert all(name.startswith("conceptviz.simulator") for name in ours), path
 
 
-def test_importing_the_package_imports_almost_nothing():
+def test_importing_the_package_imports_almost_nothing() -> None:
     """Names are loaded when they are used; the simulator and the command line only when they are asked for."""
     code = (
         "import sys; before = set(sys.modules); import conceptviz; "
@@ -122,6 +122,6 @@ def test_importing_the_package_imports_almost_nothing():
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.relative_to(PACKAGE).as_posix())
-def test_a_file_is_read_in_one_sitting(path: Path):
+def test_a_file_is_read_in_one_sitting(path: Path) -> None:
     """A file of more than 450 lines is two rooms."""
     assert len(path.read_text("utf-8").splitlines()) <= 450

@@ -21,22 +21,22 @@ def requirements(extra: str | None) -> set[str]:
     return found
 
 
-def test_the_core_depends_on_three_libraries():
+def test_the_core_depends_on_three_libraries() -> None:
     assert requirements(None) == {"anyio", "attrs", "httpx"}
 
 
-def test_the_extras_are_there():
+def test_the_extras_are_there() -> None:
     assert {"cli", "simulator", "all"} <= set(metadata.metadata("conceptviz").get_all("Provides-Extra") or [])
     assert requirements("cli") == {"rich", "typer"}
 
 
-def test_the_version_is_the_changelog_s_newest():
+def test_the_version_is_the_changelog_s_newest() -> None:
     newest = re.search(r"^## \[([0-9.]+)\]", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.MULTILINE)
     assert newest is not None
     assert newest[1] == conceptviz.__version__ == metadata.version("conceptviz")
 
 
-def test_the_package_is_typed_and_has_a_command():
+def test_the_package_is_typed_and_has_a_command() -> None:
     assert (Path(conceptviz.__file__).parent / "py.typed").is_file()
     (command,) = metadata.entry_points(group="console_scripts", name="conceptviz")
     assert callable(command.load())

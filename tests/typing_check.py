@@ -44,4 +44,4 @@ def blocking(cv: ConceptViz, image: Image) -> None:
 def refused(cv: ConceptViz) -> None:
     cv.submit(3)  # type: ignore[arg-type]  # a prompt is text
     cv.submit("a", model=2)  # type: ignore[arg-type]  # so is a model
-    cv.generate("a", "b")  # type: ignore[misc]  # settings are named
+    cv.generate("a", "b")  # type: ignore[call-arg]  # settings are named

@@ -93,7 +93,7 @@ class Simulator:
             raise ValueError(f"plan must be one of {', '.join(PLANS)}, not {plan!r}.")
         if not (speed > 0 and math.isfinite(speed)):
             raise ValueError(f"speed must be a finite number above 0, not {speed}.")
-        self.faults = Faults()
+        self.faults: Faults = Faults()
         self.requests: Counter[str] = Counter()
         self._speed = speed
         self._world = World(
