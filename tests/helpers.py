@@ -94,6 +94,7 @@ class Chunks(httpx.AsyncByteStream):
 
     def __init__(self, *pieces: bytes | Exception | None) -> None:
         self.pieces = pieces
+        self.given = 0
         self.closed = False
 
     async def __aiter__(self):  # type: ignore[no-untyped-def]  # an async generator, as httpx's own are
@@ -103,7 +104,9 @@ class Chunks(httpx.AsyncByteStream):
                 raise piece
             if piece is None:
                 await anyio.sleep_forever()
-            yield piece
+            else:
+                self.given += len(piece)
+                yield piece
 
     async def aclose(self) -> None:
         self.closed = True

@@ -420,9 +420,12 @@ async def test_urls_that_are_never_asked_for(url: str, match: str, by: str, tmp_
 
 @pytest.mark.parametrize("url", ["https://", "", "/a.png", "https://[::g]/a", "https://a.example:x/", "https://xn--a/"])
 async def test_urls_that_cannot_be_read(url: str, tmp_path: Path) -> None:
-    cv, script = client(answer(200, PNG))
+    """Nor are they tried again: they would read no better."""
+    events: list[Any] = []
+    cv, script = client(answer(200, PNG), on_event=events.append)
     await refused(cv, picture(url), tmp_path)
     assert script.count == 0
+    assert events == []
 
 
 @pytest.mark.parametrize("to", ["//[", "https://[::g]/", "https://xn--a/", "https://a.example:99999999/", "\x00"])
@@ -559,9 +562,11 @@ async def test_a_disk_that_fills_up_while_the_last_bytes_arrive(
 
     class Full(io.FileIO):
         def write(self, data: Any) -> int:
+            writes.append(len(data))
             handed_over.wait(5)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
+    writes: list[int] = []
     handed_over = threading.Event()
     real = threading.Thread.join
 
@@ -577,6 +582,21 @@ async def test_a_disk_that_fills_up_while_the_last_bytes_arrive(
         with pytest.raises(DownloadError, match="No space left"):
             await cv.save(picture(), tmp_path)
     assert names(tmp_path) == []
+    assert len(writes) == 1
+
+
+async def test_a_full_disk_ends_the_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not read to its end for nothing."""
+    content = png(20 * _downloads._BLOCK)
+    pieces = [content[at : at + 2**16] for at in range(0, len(content), 2**16)]
+    body = Chunks(*pieces)
+    monkeypatch.setattr(_downloads, "_create", lambda path: io.FileIO("/dev/full", "w"))
+    cv, script = client(lambda _: httpx.Response(200, stream=body))
+    async with cv:
+        with pytest.raises(DownloadError, match="No space left"):
+            await cv.save(picture(), tmp_path)
+    assert body.given <= 4 * _downloads._BLOCK
+    assert script.count == 1
 
 
 @pytest.mark.parametrize("at", ["fsync", "write", "close", "link"])

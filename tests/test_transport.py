@@ -11,6 +11,7 @@ import logging
 import ssl
 import warnings
 from collections.abc import Callable, Iterator
+from random import Random
 from typing import Any
 
 import anyio
@@ -26,7 +27,6 @@ from helpers import (
     RUNNING,
     TASK,
     Chunks,
-    Script,
     answer,
     assert_no_key,
     assert_no_key_logged,
@@ -315,6 +315,23 @@ def test_a_broken_upload_leaves_no_generator_behind(backend: str) -> None:
         anyio.run(main, backend=backend)
     assert [str(warning.message) for warning in caught] == []
     assert server.connections == 1
+
+
+@pytest.mark.parametrize("image", ["https://example.com/a.png", png(900_000)], ids=["small", "large"])
+async def test_a_body_that_is_not_read_to_its_end_leaves_no_generator_behind(image: str | bytes) -> None:
+    class Stops(httpx.AsyncBaseTransport):
+        async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+            assert isinstance(request.stream, httpx.AsyncByteStream)
+            await anext(aiter(request.stream))
+            raise httpx.WriteError("", request=request)
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        async with AsyncConceptViz(KEY, transport=Stops()) as cv:
+            with pytest.raises(SubmissionUnknownError):
+                await cv.submit_edit("a", image)
+        gc.collect()
+    assert [str(warning.message) for warning in caught] == []
 
 
 @pytest.mark.parametrize("status", [200, 201, 202, 299, 400, 500, 503])
@@ -763,6 +780,30 @@ async def test_a_cancelled_request_gives_its_place_back() -> None:
             assert (await cv.task(TASK).status()).status == "processing"
 
 
+async def test_a_storm_of_cancellations_wedges_nothing() -> None:
+    """M76: with real connections; httpx's own pool, left to queue, loses its places for good."""
+
+    def serve(connection: Connection) -> None:
+        while True:
+            connection.read()
+            connection.send(b'HTTP/1.1 200 OK\r\nContent-Length: 21\r\n\r\n{"status": "pending"}')
+
+    async def storm(seed: int) -> None:
+        rng = Random(seed)
+        for _ in range(12):
+            with anyio.move_on_after(rng.uniform(0, 0.004)):
+                await cv.task(TASK).status()
+
+    with RawServer(serve) as server:
+        async with raw_client(server, max_connections=4) as cv:
+            async with anyio.create_task_group() as group:
+                for seed in range(8):
+                    group.start_soon(storm, seed)
+            with anyio.fail_after(2):
+                for _ in range(8):
+                    assert (await cv.task(TASK).status()).status == "pending"
+
+
 async def test_the_answer_is_closed_when_the_reader_is_cancelled() -> None:
     body = Chunks(b"{", None)
     cv, _ = client(lambda _: httpx.Response(200, stream=body))
@@ -888,11 +929,3 @@ async def test_server_error_survives_in_the_event() -> None:
     [event] = events
     assert isinstance(event.error, ServerError)
     assert event.task_id == TASK
-
-
-def test_script_helper_counts() -> None:
-    """The helper itself: an unknown repetition would make `count == 1` mean nothing."""
-    script = Script(RUNNING)
-    script(httpx.Request("GET", "https://x.example/"))
-    script(httpx.Request("GET", "https://x.example/"))
-    assert script.count == 2
