@@ -261,7 +261,7 @@ print("ended")
 @pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
 def test_run_answers_until_ctrl_c() -> None:
     """What the command line stands on: ready, answering, and a quiet end."""
-    command = [sys.executable, "-W", "error", "-X", "dev", "-c", PROGRAM]
+    command = [sys.executable, "-W", "error", "-c", PROGRAM]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
