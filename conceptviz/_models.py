@@ -7,7 +7,6 @@ key.
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
@@ -278,6 +277,8 @@ class Image:
 
     def _repr_html_(self) -> str:
         """Show the image in a notebook, from its URL."""
+        import html
+
         text = html.escape(self.prompt)
         try:
             parts = urlsplit(self.url)
@@ -348,6 +349,8 @@ class Result:
 
     def _repr_html_(self) -> str:
         """Show the images in a notebook, and the prompts that came back without one."""
+        import html
+
         missing = "".join(f"<p>No image came back for: {html.escape(p)}</p>" for p in self.missing_prompts)
         return "".join(image._repr_html_() for image in self.images) + missing
 

@@ -10,6 +10,7 @@ import io
 import os
 import stat
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -120,6 +121,45 @@ async def test_images_of_more_than_one_block(size: int, tmp_path: Path) -> None:
         path = await cv.save(picture(sha256=sha(content)), tmp_path)
         assert await cv.read(picture()) == content
     assert path.read_bytes() == content
+
+
+class SlowDisk(io.BytesIO):
+    """A file whose writes take their time, and may fail."""
+
+    def __init__(self, *, fails: bool) -> None:
+        super().__init__()
+        self.fails = fails
+
+    def write(self, data: Any) -> int:
+        time.sleep(0.02)
+        if self.fails:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return super().write(data)
+
+
+async def test_a_slow_disk_holds_the_download_back() -> None:
+    """No more than one block waits for it in memory, and all of them arrive in their order."""
+    file = SlowDisk(fails=False)
+    blocks = [bytes([n]) * _downloads._BLOCK for n in range(8)]
+    async with _downloads._Sink(file) as sink:
+        for block in blocks:
+            await sink.put(block)
+            assert sink._blocks.qsize() <= 1
+    assert file.getvalue() == b"".join(blocks)
+    assert sink.size == 8 * _downloads._BLOCK
+
+
+async def test_a_full_disk_ends_the_download_at_once() -> None:
+    sink = _downloads._Sink(SlowDisk(fails=True))
+
+    async def fill() -> None:
+        async with sink:
+            while sink.size < 8 * _downloads._BLOCK:
+                await sink.put(bytes(_downloads._BLOCK))
+
+    with pytest.raises(OSError, match="No space"):
+        await fill()
+    assert sink.size < 4 * _downloads._BLOCK
 
 
 async def test_a_result_gives_a_list_and_an_image_one_path(tmp_path: Path) -> None:

@@ -1,0 +1,56 @@
+"""Run the benchmarks, all or those named, and write their stored figures into README.md.
+
+python benchmarks/run.py [import first_answer submit_and_poll poll sync save upload]
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from _harness import RESULTS, table
+
+HERE = Path(__file__).parent
+ORDER = ("submit_and_poll", "import", "first_answer", "poll", "sync", "save", "upload")
+START, END = "<!-- figures: written by run.py -->", "<!-- end of figures -->"
+
+
+def main() -> None:
+    names = sys.argv[1:] or ORDER
+    for name in names:
+        if name not in ORDER:
+            raise SystemExit(f"{name!r} is no benchmark: {', '.join(ORDER)}")
+        subprocess.run([sys.executable, HERE / f"bench_{name}.py"], check=True)
+    readme = HERE / "README.md"
+    before, _, rest = readme.read_text().partition(START)
+    _, _, after = rest.partition(END)
+    reports = [json.loads((RESULTS / f"{name}.json").read_text()) for name in ORDER]
+    readme.write_text(f"{before}{START}\n\n{render(reports)}\n{END}{after}")
+
+
+def render(reports: list[dict[str, Any]]) -> str:
+    lines = ["| row | figure | measured | goal | bold |", "|---|---|---:|---:|---:|"]
+    lines += [
+        f"| {goal['row']} | {goal['says']} | {goal['measured']:g} | {goal['goal']:g} | {goal['bold']:g} |"
+        for report in reports
+        for goal in report["goals"]
+    ]
+    for report in reports:
+        versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
+        lines += ["", f"### {report['question']}", "", *table(report["cells"], report["figure"]), ""]
+        if report["not_installed"]:
+            lines.append(f"Not installed, not measured: {', '.join(report['not_installed'])}.")
+        if report["httpx_extras"]:
+            lines.append(f"`import httpx` also loaded {', '.join(report['httpx_extras'])}.")
+        lines.append(
+            f"Medians of {report['rounds']} rounds, {report['measured']}, {report['machine']}, {report['python']}; "
+            f"{versions}."
+        )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
