@@ -1,6 +1,11 @@
-"""What every test shares: both async backends."""
+"""What every test shares: both async backends, and an environment like a newcomer's."""
+
+import os
 
 import pytest
+
+# Some machines set it, and unbuffered output hides what a full disk or a reader who leaves does to buffered output.
+os.environ.pop("PYTHONUNBUFFERED", None)
 
 
 @pytest.fixture(params=["asyncio", "trio"])

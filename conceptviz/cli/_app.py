@@ -9,9 +9,11 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 import re
 import sys
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -63,7 +65,17 @@ def run(argv: Sequence[str] | None) -> int:
         app(args=None if argv is None else list(argv), prog_name="conceptviz")
     except SystemExit as end:
         code = end.code
+    _let_go_of_stdout()
     return int(code or DONE)
+
+
+def _let_go_of_stdout() -> None:
+    """Give up what a reader who left, or a full disk, did not take: Python would try again at exit, and complain."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _seconds(value: float | None) -> float | None:
