@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING
 from ._version import __version__
 
 if TYPE_CHECKING:
+    from ._budget import Budget
     from ._client import AsyncConceptViz
     from ._errors import (
         APIStatusError,
         AuthenticationError,
         BadRequestError,
+        BudgetExceededError,
         ConceptVizError,
         Credits,
         DownloadError,
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
         InsufficientCreditsError,
         InvalidImageError,
         InvalidRequestError,
+        JournalError,
         ModerationBlockedError,
         NotSentError,
         PlanError,
@@ -35,7 +38,8 @@ if TYPE_CHECKING:
         UnexpectedResponseError,
         WaitTimeoutError,
     )
-    from ._events import Completed, Event, EventHook, Failed, Polled, Retrying, Saved, Submitted
+    from ._events import Completed, Differed, Event, EventHook, Failed, Polled, Retrying, Saved, Submitted
+    from ._journal import AttemptState, Journal, JournalEntry
     from ._models import (
         EditRequest,
         GenerateRequest,
@@ -50,7 +54,8 @@ if TYPE_CHECKING:
         Unchecked,
     )
     from ._spec import AspectRatio, Model, Quality
-    from ._sync import ConceptViz, Task
+    from ._sync import ConceptViz
+    from ._sync_task import Task
     from ._task import AsyncTask
 
 __all__ = [
@@ -58,12 +63,16 @@ __all__ = [
     "AspectRatio",
     "AsyncConceptViz",
     "AsyncTask",
+    "AttemptState",
     "AuthenticationError",
     "BadRequestError",
+    "Budget",
+    "BudgetExceededError",
     "Completed",
     "ConceptViz",
     "ConceptVizError",
     "Credits",
+    "Differed",
     "DownloadError",
     "EditRequest",
     "Event",
@@ -76,6 +85,9 @@ __all__ = [
     "InsufficientCreditsError",
     "InvalidImageError",
     "InvalidRequestError",
+    "Journal",
+    "JournalEntry",
+    "JournalError",
     "Model",
     "ModerationBlockedError",
     "NotSentError",
@@ -106,10 +118,13 @@ __all__ = [
 
 _HOMES = {
     "_spec": {"AspectRatio", "Model", "Quality"},
+    "_budget": {"Budget"},
     "_client": {"AsyncConceptViz"},
+    "_journal": {"AttemptState", "Journal", "JournalEntry"},
     "_task": {"AsyncTask"},
-    "_sync": {"ConceptViz", "Task"},
-    "_events": {"Completed", "Event", "EventHook", "Failed", "Polled", "Retrying", "Saved", "Submitted"},
+    "_sync": {"ConceptViz"},
+    "_sync_task": {"Task"},
+    "_events": {"Completed", "Differed", "Event", "EventHook", "Failed", "Polled", "Retrying", "Saved", "Submitted"},
     "_models": {
         "EditRequest",
         "GenerateRequest",

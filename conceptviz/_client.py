@@ -10,17 +10,22 @@ import inspect
 import logging
 import os
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, overload
 from urllib.parse import urlsplit
 
 import anyio
+from anyio import to_thread
 
-from ._config import is_loopback, resolve_api_key, resolve_base_url
-from ._downloads import Downloads, Expired, check_folder
-from ._errors import ConceptVizError, DownloadError, InvalidRequestError
-from ._events import Event, EventHook, Saved, Submitted
+from ._budget import Budget, resolve_budget
+from ._calls import ApiCall, build_generate, check_task_id
+from ._config import check_limits, is_loopback, resolve_api_key, resolve_base_url
+from ._downloads import Downloads
+from ._events import Event, EventHook, Saved
+from ._files import check_folder
+from ._journal import Journal, resolve_journal
 from ._models import (
     EditRequest,
     GenerateRequest,
@@ -30,14 +35,15 @@ from ._models import (
     Prompts,
     Result,
     Retries,
+    Submission,
     estimate,
 )
 from ._poller import Poller
 from ._spec import AspectRatio, Model, Quality
+from ._submits import Paid, Submits
 from ._task import AsyncTask
 from ._transport import Transport
 from ._uploads import build_edit_call
-from ._wire import ApiCall, build_generate, check_task_id
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -66,12 +72,15 @@ class AsyncConceptViz:
         polling: How tasks are waited for.
         retries: How often what is safe to repeat is repeated.
         max_connections: Connections, and so requests at a time, to the API, and as many to the image host.
+        budget: The credits this client may spend, or a `Budget` that several share; None for any number.
+        journal: A file, or a `Journal`, in which every paid submit is written down before it is sent; None for none.
         on_event: Called with each `Event`; an awaitable that it returns is awaited. Its errors go to the caller of the
             method that was running.
         transport: An `httpx.AsyncBaseTransport` for the API and the image host: a proxy, a mock, the simulator.
 
     Raises:
         InvalidRequestError: There is no usable API key, or the base URL is not one. Nothing was sent.
+        JournalError: The journal cannot be used.
 
     Source: "Authentication", "Base URL".
     """
@@ -85,19 +94,18 @@ class AsyncConceptViz:
         polling: Polling = Polling(),  # noqa: B008 - frozen: every client may share it
         retries: Retries = Retries(),  # noqa: B008 - likewise
         max_connections: int = 20,
+        budget: Budget | int | None = None,
+        journal: Journal | str | os.PathLike[str] | None = None,
         on_event: EventHook | None = None,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
-        if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 < timeout < float("inf"):
-            raise InvalidRequestError(f"timeout must be a number of seconds above 0, not {timeout!r}.")
-        if isinstance(max_connections, bool) or not isinstance(max_connections, int) or max_connections < 1:
-            raise InvalidRequestError(f"max_connections must be at least 1, not {max_connections!r}.")
+        check_limits(timeout, max_connections)
         self._base_url = resolve_base_url(base_url)
         self._on_event = on_event
-        self._credits_remaining: int | None = None
         rng = Random()  # noqa: S311 - it spreads pauses, and guards nothing
+        secret = resolve_api_key(api_key)
         self._transport = Transport(
-            resolve_api_key(api_key),
+            secret,
             self._base_url,
             timeout=timeout,
             retries=retries,
@@ -106,8 +114,22 @@ class AsyncConceptViz:
             emit=self._emit,
             rng=rng,
         )
+        self._journal = resolve_journal(journal)
+        self._owns_journal = self._journal is not journal
+        self._submits = Submits(
+            self._transport,
+            retries,
+            resolve_budget(budget),
+            self._journal,
+            account=secret.fingerprint(),
+            base_url=self._base_url,
+            timeout=timeout,
+            emit=self._emit,
+            rng=rng,
+        )
         self._poller = Poller(self._transport, polling, retries, self._emit, rng)
         self._downloads = Downloads(
+            look=lambda task_id: self._transport.look_patiently(task_id, ()),
             timeout=timeout,
             retries=retries,
             max_connections=max_connections,
@@ -133,6 +155,8 @@ class AsyncConceptViz:
         with anyio.CancelScope(shield=True):
             await self._transport.aclose()
             await self._downloads.aclose()
+            if self._owns_journal and self._journal is not None:
+                await to_thread.run_sync(self._journal.close)
 
     async def submit(
         self,
@@ -141,6 +165,7 @@ class AsyncConceptViz:
         model: Model | None = None,
         quality: Quality | None = None,
         aspect_ratio: AspectRatio | None = None,
+        key: str | None = None,
     ) -> AsyncTask:
         """Submit one prompt, or a batch of two to four, as one task.
 
@@ -149,12 +174,16 @@ class AsyncConceptViz:
             model: "cv-2" (what the service takes by itself) or "cv-1".
             quality: "2k", or "4k" with cv-1.
             aspect_ratio: Such as "16:9", "1:1", "4:3", "9:16", "a4-portrait".
+            key: Your own name for this piece of work. With a journal, what has the same key is paid for once, by
+                whatever process; a second call takes up the task of the first.
 
         Returns:
             The task, whose `submission` is the receipt.
 
         Raises:
             InvalidRequestError: The request could only be refused. Nothing was sent.
+            BudgetExceededError: It would cost more than is left of the budget. Nothing was sent.
+            JournalError: It could not be written down. Nothing was sent, or the error carries the receipt.
             NotSentError: No connection could be made. Nothing was spent.
             SubmissionUnknownError: It was sent and no readable answer came: it may have been charged.
             APIStatusError: The service refused it. Nothing was spent.
@@ -165,7 +194,7 @@ class AsyncConceptViz:
 
         Source: "Step 1: Submit Generation Request", "Credit Cost".
         """
-        request = GenerateRequest(prompt, model=model, quality=quality, aspect_ratio=aspect_ratio)
+        request = GenerateRequest(prompt, model=model, quality=quality, aspect_ratio=aspect_ratio, key=key)
         return await self._submit(build_generate(request), request)
 
     async def submit_edit(
@@ -176,6 +205,7 @@ class AsyncConceptViz:
         model: Model | None = None,
         quality: Quality | None = None,
         aspect_ratio: AspectRatio | None = None,
+        key: str | None = None,
     ) -> AsyncTask:
         """Submit an edit of one to four images.
 
@@ -186,16 +216,14 @@ class AsyncConceptViz:
             model: As for `submit`.
             quality: As for `submit`.
             aspect_ratio: As for `submit`.
+            key: As for `submit`.
 
         Returns:
             The task, whose `submission` is the receipt.
 
         Raises:
-            InvalidRequestError: The request could only be refused, or an image cannot be read. Nothing was sent.
-            NotSentError: No connection could be made. Nothing was spent.
-            SubmissionUnknownError: It was sent and no readable answer came: it may have been charged.
-            APIStatusError: The service refused it. Nothing was spent.
-            GenerationFailedError: The service failed at once, documented as refunded.
+            InvalidRequestError: Also if an image cannot be read, or is not one. Nothing was sent.
+            ConceptVizError: All else as for `submit`.
 
         Credits:
             The price of one image, as for `submit`; the page does not say whether more inputs cost more, so
@@ -203,7 +231,7 @@ class AsyncConceptViz:
 
         Source: "Edit Images", "Credit Cost".
         """
-        request = EditRequest(prompt, images, model=model, quality=quality, aspect_ratio=aspect_ratio)
+        request = EditRequest(prompt, images, model=model, quality=quality, aspect_ratio=aspect_ratio, key=key)
         return await self._submit(await build_edit_call(request), request)
 
     async def generate(
@@ -213,6 +241,7 @@ class AsyncConceptViz:
         model: Model | None = None,
         quality: Quality | None = None,
         aspect_ratio: AspectRatio | None = None,
+        key: str | None = None,
         timeout: float | None = None,
     ) -> Result:
         """Submit one prompt, or a batch of two to four, and wait for the images.
@@ -222,6 +251,7 @@ class AsyncConceptViz:
             model: As for `submit`.
             quality: As for `submit`.
             aspect_ratio: As for `submit`.
+            key: As for `submit`.
             timeout: Seconds for all of it; None is `polling.timeout`. A submit under way is not cut short by it: its
                 answer holds the id of a paid task. It has the client's own timeout.
 
@@ -230,6 +260,8 @@ class AsyncConceptViz:
 
         Raises:
             InvalidRequestError: The request could only be refused. Nothing was sent.
+            BudgetExceededError: It would cost more than is left of the budget. Nothing was sent.
+            JournalError: It could not be written down. Nothing was sent, or the error carries the receipt.
             NotSentError: No connection could be made. Nothing was spent.
             SubmissionUnknownError: It was sent and no readable answer came: it may have been charged.
             APIStatusError: The service refused the submit, or to be asked about the task.
@@ -244,7 +276,7 @@ class AsyncConceptViz:
         Source: "Generate Diagrams".
         """
         started = anyio.current_time()
-        task = await self.submit(prompt, model=model, quality=quality, aspect_ratio=aspect_ratio)
+        task = await self.submit(prompt, model=model, quality=quality, aspect_ratio=aspect_ratio, key=key)
         return await task._wait_until(started, timeout)
 
     async def edit(
@@ -255,6 +287,7 @@ class AsyncConceptViz:
         model: Model | None = None,
         quality: Quality | None = None,
         aspect_ratio: AspectRatio | None = None,
+        key: str | None = None,
         timeout: float | None = None,
     ) -> Result:
         """Submit an edit of one to four images and wait for its image.
@@ -265,20 +298,15 @@ class AsyncConceptViz:
             model: As for `submit`.
             quality: As for `submit`.
             aspect_ratio: As for `submit`.
+            key: As for `submit`.
             timeout: As for `generate`.
 
         Returns:
             The edited image.
 
         Raises:
-            InvalidRequestError: The request could only be refused, or an image cannot be read. Nothing was sent.
-            NotSentError: No connection could be made. Nothing was spent.
-            SubmissionUnknownError: It was sent and no readable answer came: it may have been charged.
-            APIStatusError: The service refused the submit, or to be asked about the task.
-            GenerationFailedError: The task ended as failed.
-            WaitTimeoutError: The time ran out. The task goes on, and its id is in the error.
-            PollInterruptedError: Looks at the task kept failing. It goes on, and its id is in the error.
-            UnexpectedResponseError: The task is completed without images.
+            InvalidRequestError: Also if an image cannot be read, or is not one. Nothing was sent.
+            ConceptVizError: All else as for `generate`.
 
         Credits:
             As for `submit_edit`.
@@ -286,7 +314,7 @@ class AsyncConceptViz:
         Source: "Edit Images".
         """
         started = anyio.current_time()
-        task = await self.submit_edit(prompt, images, model=model, quality=quality, aspect_ratio=aspect_ratio)
+        task = await self.submit_edit(prompt, images, model=model, quality=quality, aspect_ratio=aspect_ratio, key=key)
         return await task._wait_until(started, timeout)
 
     def task(self, task_id: str) -> AsyncTask:
@@ -297,7 +325,7 @@ class AsyncConceptViz:
 
         Source: "Step 2: Poll for Results".
         """
-        return AsyncTask(self._poller, check_task_id(task_id))
+        return self._resumed(check_task_id(task_id), None)
 
     @overload
     async def save(
@@ -348,14 +376,7 @@ class AsyncConceptViz:
 
         Source: "Response (completed)".
         """
-        try:
-            return await self._downloads.read(image)
-        except Expired:
-            image = await self._refreshed(image)
-        try:
-            return await self._downloads.read(image)
-        except Expired:
-            raise _expired(image) from None
+        return await self._downloads.read(image)
 
     def estimate(
         self, prompts_or_count: Prompts | int, *, model: Model | None = None, quality: Quality | None = None
@@ -377,72 +398,42 @@ class AsyncConceptViz:
     @property
     def credits_remaining(self) -> int | None:
         """The credits left in the account as of the last answer that said so, or None: there is no way to ask."""
-        return self._credits_remaining
+        return self._submits.credits_remaining
+
+    async def resume(self) -> list[AsyncTask]:
+        """Take up what the journal knows as paid for and not ended, by this account at this API. Costs nothing.
+
+        Returns:
+            The tasks, the oldest submit first; none without a journal. `wait` on each brings its images.
+
+        Raises:
+            JournalError: The journal could not be read.
+
+        Credits:
+            None: they are paid for.
+
+        Source: "Step 2: Poll for Results".
+        """
+        return [self._task(paid) for paid in await self._submits.unended()]
 
     async def _submit(self, call: ApiCall, request: GenerateRequest | EditRequest) -> AsyncTask:
-        try:
-            submission = await self._transport.submit(call, request)
-        except ConceptVizError as error:
-            self._note_credits(getattr(error, "credits_remaining", None))
-            raise
-        self._note_credits(submission.credits_remaining)
-        expected = request.expected_credits
-        if expected is not None and submission.credits_used not in {None, expected}:
-            logger.warning(
-                "Task %s cost %s credits where the API page says %s: the prices may have changed.",
-                submission.task_id,
-                submission.credits_used,
-                expected,
-            )
-        task = AsyncTask(self._poller, submission.task_id, submission, anyio.current_time())
-        try:
-            await self._emit(Submitted(task_id=submission.task_id, submission=submission))
-        except BaseException:
-            logger.warning("on_event ended a submit after it was paid for: take it up with task(%r).", task.id)
-            raise
-        return task
+        return self._task(await self._submits.submit(call, request))
+
+    def _resumed(self, task_id: str, submission: Submission | None) -> AsyncTask:
+        return AsyncTask(self._poller, task_id, submission, settle=partial(self._submits.end, reservation=None))
+
+    def _task(self, paid: Paid) -> AsyncTask:
+        settle = partial(self._submits.end, reservation=paid.reservation)
+        accepted_at = anyio.current_time() if paid.is_new else None
+        return AsyncTask(self._poller, paid.submission.task_id, paid.submission, accepted_at, settle, paid.end)
 
     async def _save(self, image: Image, folder: Path, overwrite: bool) -> Path:
-        try:
-            path = await self._downloads.save(image, folder, overwrite=overwrite)
-        except Expired:
-            image = await self._refreshed(image)
-            try:
-                path = await self._downloads.save(image, folder, overwrite=overwrite)
-            except Expired:
-                raise _expired(image) from None
+        path = await self._downloads.save(image, folder, overwrite=overwrite)
         await self._emit(Saved(task_id=image.task_id, image=image, path=path))
         return path
-
-    async def _refreshed(self, image: Image) -> Image:
-        """Look at an image's task once more, for a fresh URL."""
-        if image.task_id is None:
-            raise _expired(image)
-        try:
-            state = await self._transport.look_patiently(image.task_id, ())
-        except ConceptVizError as error:
-            raise _expired(image) from error
-        for fresh in state.images:
-            same = fresh.sha256 == image.sha256 if image.sha256 else fresh.index == image.index
-            if same or len(state.images) == 1:
-                return Image(fresh.url, image.prompt, image.index, image.sha256, fresh.raw, image.task_id)
-        raise _expired(image)
-
-    def _note_credits(self, credits_remaining: int | None) -> None:
-        if credits_remaining is not None:
-            self._credits_remaining = credits_remaining
 
     async def _emit(self, event: Event) -> None:
         if self._on_event is not None:
             outcome = self._on_event(event)
             if inspect.isawaitable(outcome):
                 await outcome
-
-
-def _expired(image: Image) -> DownloadError:
-    return DownloadError(
-        "The image's URL has expired, and a fresh look at its task gave no other. It is paid for: look at the task "
-        "again later, or ask the service's support.",
-        url=image.url,
-        task_id=image.task_id,
-    )

@@ -6,6 +6,7 @@ socket, and the key in any form that a repr, a log, a pickle or an error could s
 
 from __future__ import annotations
 
+import hashlib
 import ipaddress
 import logging
 import os
@@ -41,6 +42,10 @@ class Secret:
     def reveal(self) -> str:
         """Return the key itself: for the Authorization header, and for nothing else."""
         return self._value
+
+    def fingerprint(self) -> str:
+        """Return what tells accounts' keys apart and opens nothing: a part of a hash."""
+        return hashlib.sha256(b"conceptviz journal " + self._value.encode()).hexdigest()[:16]
 
     def __repr__(self) -> str:
         return f"{API_KEY_PREFIX}***"
@@ -109,6 +114,18 @@ def resolve_base_url(base_url: str | None) -> str:
     if parts.scheme != "https" and not (parts.scheme == "http" and is_loopback(host)):
         raise refuse("must begin with https:// (http:// is for a loopback address such as 127.0.0.1)")
     return url.removesuffix("/")
+
+
+def check_limits(timeout: float, max_connections: int) -> None:
+    """Check a client's timeout, in seconds, and its number of connections.
+
+    Raises:
+        InvalidRequestError: One of them is not a number above 0.
+    """
+    if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 < timeout < float("inf"):
+        raise InvalidRequestError(f"timeout must be a number of seconds above 0, not {timeout!r}.")
+    if isinstance(max_connections, bool) or not isinstance(max_connections, int) or max_connections < 1:
+        raise InvalidRequestError(f"max_connections must be at least 1, not {max_connections!r}.")
 
 
 def is_loopback(host: str) -> bool:

@@ -9,26 +9,25 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import os
 import queue
-import re
 import secrets
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
 from random import Random
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, TypeVar
 
 import anyio
 import httpx
 from anyio import to_thread
 
 from ._config import is_loopback, is_private
-from ._errors import DownloadError, InvalidRequestError
+from ._errors import ConceptVizError, DownloadError
 from ._events import Event, Retrying
-from ._images import FORMATS, HEAD_BYTES, TAIL_BYTES, ends_properly, sniff
-from ._models import Image, Retries
+from ._files import TakenError, create, file_stem, find_saved, publish, rewind, sync
+from ._images import HEAD_BYTES, TAIL_BYTES, ends_properly, sniff
+from ._models import Image, Retries, TaskState
 from ._policy import retry_delay
 from ._transport import EXCHANGE_ERRORS, LoopBound, open_http_client, reading
 
@@ -36,6 +35,8 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from typing_extensions import Self
+
+T = TypeVar("T")
 
 MAX_IMAGE_BYTES = 64 * 2**20
 MAX_REDIRECTS = 3
@@ -46,8 +47,8 @@ _BLOCK = 512 * 1024
 _EXPIRED = frozenset({403, 404, 410})
 
 
-class Expired(Exception):  # noqa: N818 - a signal to look at the task once more, not an error
-    """The image host no longer knows the URL."""
+class _Expired(Exception):  # noqa: N818 - a signal to look at the task once more, not an error
+    """The image host no longer knows the URL. Never leaves this module."""
 
 
 class _Unusable(Exception):  # noqa: N818 - not an error yet: another attempt may do better
@@ -61,14 +62,6 @@ class _Unusable(Exception):  # noqa: N818 - not an error yet: another attempt ma
     def __init__(self, reason: str, *, final: bool = False) -> None:
         super().__init__(reason)
         self.final = final
-
-
-class _TakenError(Exception):
-    """A file with other bytes has the name. Never leaves this module."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
-        self.path = path
 
 
 class _Sink:
@@ -153,6 +146,7 @@ class Downloads:
     """The image host.
 
     Args:
+        look: Looks at a task, for a fresh URL when one has expired.
         timeout: Seconds a connection may stay silent; a whole download may take PATIENCE times as long.
         retries: How often a download is tried.
         max_connections: How many downloads may run at a time.
@@ -165,6 +159,7 @@ class Downloads:
     def __init__(
         self,
         *,
+        look: Callable[[str], Awaitable[TaskState]],
         timeout: float,
         retries: Retries,
         max_connections: int,
@@ -173,6 +168,7 @@ class Downloads:
         emit: Callable[[Event], Awaitable[None]],
         rng: Random,
     ) -> None:
+        self._look = look
         self._timeout = timeout
         self._retries = retries
         self._allow_loopback = allow_loopback
@@ -190,43 +186,75 @@ class Downloads:
 
         Raises:
             DownloadError: It could not be fetched or is not what it should be.
-            Expired: The URL is no longer known.
         """
-        return (await self._fetch(image, None)).content
+
+        async def read(image: Image) -> bytes:
+            return (await self._fetch(image, None)).content
+
+        return await self._refreshing(read, image)
 
     async def save(self, image: Image, folder: Path, *, overwrite: bool) -> Path:
         """Fetch an image into a folder, which is made if need be.
 
         Raises:
             DownloadError: It could not be fetched, is not what it should be, or could not be written.
-            Expired: The URL is no longer known.
         """
-        stem = file_stem(image)
-        try:
-            known = await to_thread.run_sync(_find_saved, folder, stem, image.sha256)
-            if known is not None:
-                return known
-            partial = folder / f".{stem}.{secrets.token_hex(4)}.part"
-            try:
-                with await to_thread.run_sync(_create, partial) as file:
-                    sink = await self._fetch(image, file)
-                    await to_thread.run_sync(_sync, file)
-                kind = sniff(sink.head)
-                assert kind is not None  # _fetch has seen to it
-                path = folder / f"{stem}{kind.extension}"
-                return await to_thread.run_sync(_publish, partial, path, sink.sha256, overwrite)
-            finally:
-                with suppress(OSError):
-                    partial.unlink(missing_ok=True)
-        except _TakenError as taken:
-            why = f"{taken.path} exists with other bytes; overwrite=True replaces it"
-            raise self._failed(image, why, path=taken.path) from None
-        except OSError as error:
-            raise self._failed(image, f"it could not be written: {error}", path=folder) from error
+
+        async def save(image: Image) -> Path:
+            return await self._save(image, folder, overwrite)
+
+        return await self._refreshing(save, image)
 
     async def aclose(self) -> None:
         """Close the connections."""
         await self._http.aclose()
+
+    async def _refreshing(self, act: Callable[[Image], Awaitable[T]], image: Image) -> T:
+        """Do something with an image's URL, and once more with a fresh one if it has expired."""
+        with suppress(_Expired):
+            return await act(image)
+        image = await self._refreshed(image)
+        with suppress(_Expired):
+            return await act(image)
+        raise _expired(image)
+
+    async def _refreshed(self, image: Image) -> Image:
+        """Look at an image's task once more, for a fresh URL."""
+        if image.task_id is None:
+            raise _expired(image)
+        try:
+            state = await self._look(image.task_id)
+        except ConceptVizError as error:
+            raise _expired(image) from error
+        for fresh in state.images:
+            same = fresh.sha256 == image.sha256 if image.sha256 else fresh.index == image.index
+            if same or len(state.images) == 1:
+                return Image(fresh.url, image.prompt, image.index, image.sha256, fresh.raw, image.task_id)
+        raise _expired(image)
+
+    async def _save(self, image: Image, folder: Path, overwrite: bool) -> Path:
+        stem = file_stem(image)
+        try:
+            known = await to_thread.run_sync(find_saved, folder, stem, image.sha256)
+            if known is not None:
+                return known
+            partial = folder / f".{stem}.{secrets.token_hex(4)}.part"
+            try:
+                with await to_thread.run_sync(create, partial) as file:
+                    sink = await self._fetch(image, file)
+                    await to_thread.run_sync(sync, file)
+                kind = sniff(sink.head)
+                assert kind is not None  # _fetch has seen to it
+                path = folder / f"{stem}{kind.extension}"
+                return await to_thread.run_sync(publish, partial, path, sink.sha256, overwrite)
+            finally:
+                with suppress(OSError):
+                    partial.unlink(missing_ok=True)
+        except TakenError as taken:
+            why = f"{taken.path} exists with other bytes; overwrite=True replaces it"
+            raise self._failed(image, why, path=taken.path) from None
+        except OSError as error:
+            raise self._failed(image, f"it could not be written: {error}", path=folder) from error
 
     async def _fetch(self, image: Image, file: IO[bytes] | None) -> _Sink:
         for attempt in itertools.count(1):
@@ -244,7 +272,7 @@ class Downloads:
             await self._emit(Retrying(task_id=image.task_id, attempt=attempt, delay=delay, error=error))
             await anyio.sleep(delay)
             if file is not None:
-                await to_thread.run_sync(_rewind, file)
+                await to_thread.run_sync(rewind, file)
         raise AssertionError("unreachable")  # pragma: no cover - itertools.count has no end
 
     async def _receive(self, image: Image, sink: _Sink) -> None:
@@ -272,7 +300,7 @@ class Downloads:
                 return response
             await response.aclose()
             if response.status_code in _EXPIRED:
-                raise Expired
+                raise _Expired
             location = response.headers.get("location")
             if response.status_code not in {301, 302, 303, 307, 308} or location is None:
                 raise _Unusable(f"the image host answered with HTTP {response.status_code}")
@@ -327,91 +355,10 @@ def _verify(image: Image, sink: _Sink) -> None:
         raise _Unusable("it ends before its end: the download was cut short")
 
 
-def file_stem(image: Image) -> str:
-    """Return an image's file name without its extension: the task's id and the image's index."""
-    # An id that the server gave may hold anything; a name may not.
-    task = re.sub(r"[^A-Za-z0-9_-]", "_", image.task_id or "image")[:128]
-    if image.index is not None:
-        return f"{task}-{image.index}"
-    return f"{task}-{hashlib.sha256(image.url.encode(errors='replace')).hexdigest()[:12]}"
-
-
-def check_folder(to: str | os.PathLike[str]) -> Path:
-    """Return the folder to save in.
-
-    Raises:
-        InvalidRequestError: It looks like a file's name: images are named after their task.
-    """
-    folder = Path(to)
-    if folder.suffix.lower() in {".jpeg", *(kind.extension for kind in FORMATS)} and not folder.is_dir():
-        raise InvalidRequestError(
-            f"{str(to)!r} looks like a file, and save takes a folder: the files in it are named after the task, with "
-            "the extension that their bytes ask for. The returned path can be renamed."
-        )
-    return folder
-
-
-def _find_saved(folder: Path, stem: str, sha256: str | None) -> Path | None:
-    """Make the folder, or return the file of an earlier save that already has the announced bytes."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if sha256 is not None:
-        for kind in FORMATS:
-            path = folder / f"{stem}{kind.extension}"
-            if path.is_file() and _digest(path) == sha256:
-                return path
-    return None
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _create(path: Path) -> IO[bytes]:
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
-    # The umask decides who may read it, as for any file the caller makes: a web server may be meant to.
-    return open(os.open(path, flags, 0o666), "wb")  # noqa: PTH123 - by its descriptor; the caller closes it
-
-
-def _rewind(file: IO[bytes]) -> None:
-    file.seek(0)
-    file.truncate()
-
-
-def _sync(file: IO[bytes]) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _publish(partial: Path, path: Path, sha256: str, overwrite: bool) -> Path:
-    """Give a whole, synced file its name in one step.
-
-    Raises:
-        _TakenError: The name is taken by other bytes.
-    """
-    if overwrite:
-        partial.replace(path)
-    else:
-        try:
-            # A hard link is the one way to name a file that fails if the name is taken.
-            os.link(partial, path)
-        except FileExistsError:
-            if path.is_symlink() or not path.is_file() or _digest(path) != sha256:
-                raise _TakenError(path) from None
-        except OSError:
-            # A file system without links: the look and the renaming are two steps there.
-            if path.exists():
-                if _digest(path) != sha256:
-                    raise _TakenError(path) from None
-            else:
-                partial.replace(path)
-    if hasattr(os, "O_DIRECTORY"):
-        directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
-    return path
+def _expired(image: Image) -> DownloadError:
+    return DownloadError(
+        "The image's URL has expired, and a fresh look at its task gave no other. It is paid for: look at the task "
+        "again later, or ask the service's support.",
+        url=image.url,
+        task_id=image.task_id,
+    )

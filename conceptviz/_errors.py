@@ -2,6 +2,7 @@
 
     ConceptVizError                      .task_id (or None)   .credits (Credits)   picklable
     ├ InvalidRequestError (ValueError)   caught here, nothing sent
+    ├ BudgetExceededError                refused before sending
     ├ NotSentError                       certainly not received: safe to submit again
     ├ SubmissionUnknownError             sent, no readable answer: MAY be charged; never sent again by itself
     ├ PollInterruptedError               reads kept failing; the task lives on
@@ -19,6 +20,7 @@
     │  └ ServerError 5xx
     ├ GenerationFailedError              the task ended as failed: .code .credits_refunded
     ├ WaitTimeoutError (TimeoutError)    we stopped waiting: .last_state; the task lives on
+    ├ JournalError                       .submission: the receipt, so that its id is not lost
     └ DownloadError                      .url .path
 
 An answer is mapped by its `code` first and by its HTTP status second; an unknown code keeps its text and falls to the
@@ -35,7 +37,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from ._models import TaskState
+    from ._models import Submission, TaskState
 
 
 class Credits(enum.Enum):
@@ -80,6 +82,10 @@ class InvalidRequestError(ConceptVizError, ValueError):
     """The request or the configuration is wrong; it was caught here and nothing was sent or spent."""
 
 
+class BudgetExceededError(ConceptVizError):
+    """The request would, or could, cost more than is left of the budget. Nothing was sent or spent."""
+
+
 class NotSentError(ConceptVizError):
     """The request certainly did not reach the service: no connection was made. Nothing was spent."""
 
@@ -88,30 +94,58 @@ class SubmissionUnknownError(ConceptVizError):
     """A submit was sent and no readable answer came back: it may have been charged.
 
     It is never sent again by itself, because the service has no idempotency key: a second submit may be a second
-    charge.
+    charge. The attributes are what is known, for a look at the account or a word with the service's support.
 
     Attributes:
         status_code: The HTTP status of the answer, or None if none arrived.
-        body: The first 4 KiB of what arrived of an answer, for the support desk.
+        headers: Those headers of the answer that identify it at the service; empty if none arrived.
+        body: The first 4 KiB of what arrived of an answer.
         expected_credits: The credits that the submit costs if it was accepted, or None for a model without a price.
+        attempt_id: The attempt in the journal, or None without a journal.
+        endpoint: "/generate" or "/edit".
+        sent_at: When it was sent, in seconds since 1970 (UTC), or None if it was not this process that sent it.
+        request_sha256: The SHA-256 (hex) of what was asked for, in place of the prompts.
+        last_step: The last step of the exchange that was begun, in the HTTP library's words, or None.
+        credits_remaining: The credits in the account as of the last answer before it, or None.
     """
 
     status_code: int | None
+    headers: dict[str, str]
     body: bytes
     expected_credits: int | None
+    attempt_id: str | None
+    endpoint: str | None
+    sent_at: float | None
+    request_sha256: str | None
+    last_step: str | None
+    credits_remaining: int | None
 
     def __init__(
         self,
         message: str,
         *,
         status_code: int | None = None,
+        headers: dict[str, str] | None = None,
         body: bytes = b"",
         expected_credits: int | None = None,
+        attempt_id: str | None = None,
+        endpoint: str | None = None,
+        sent_at: float | None = None,
+        request_sha256: str | None = None,
+        last_step: str | None = None,
+        credits_remaining: int | None = None,
     ) -> None:
         super().__init__(message, credits=Credits.UNKNOWN)
         self.status_code = status_code
+        self.headers = headers or {}
         self.body = body[:4096]
         self.expected_credits = expected_credits
+        self.attempt_id = attempt_id
+        self.endpoint = endpoint
+        self.sent_at = sent_at
+        self.request_sha256 = request_sha256
+        self.last_step = last_step
+        self.credits_remaining = credits_remaining
 
 
 class PollInterruptedError(ConceptVizError):
@@ -275,6 +309,26 @@ class WaitTimeoutError(ConceptVizError, TimeoutError):
     def __init__(self, message: str, *, task_id: str, last_state: TaskState | None = None) -> None:
         super().__init__(message, task_id=task_id, credits=Credits.SPENT)
         self.last_state = last_state
+
+
+class JournalError(ConceptVizError):
+    """The journal could not be read or written.
+
+    Before a submit is sent this means that nothing is sent. After it was accepted, the error carries the receipt.
+
+    Attributes:
+        submission: The receipt of a paid task that could not be written down, or None if nothing was sent.
+    """
+
+    submission: Submission | None
+
+    def __init__(self, message: str, *, submission: Submission | None = None) -> None:
+        super().__init__(
+            message,
+            task_id=submission.task_id if submission else None,
+            credits=Credits.SPENT if submission else Credits.NOT_SPENT,
+        )
+        self.submission = submission
 
 
 class DownloadError(ConceptVizError):

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 from attrs import frozen
 
 from ._errors import ConceptVizError
-from ._models import Image, Result, Submission, TaskState
+from ._models import EditRequest, GenerateRequest, Image, Result, Submission, TaskState
 
 
 @frozen(kw_only=True)
@@ -107,6 +107,40 @@ class Saved(Event):
 
     image: Image
     path: Path
+
+
+@frozen(kw_only=True)
+class Differed(Event):
+    """A submit was accepted otherwise than it was asked for, or than the API page says: the service has changed.
+
+    Attributes:
+        what: "credits", "model", "quality" or "aspect_ratio".
+        expected: What was asked for, or what the API page says.
+        actual: What the service says.
+    """
+
+    task_id: str
+    what: str
+    expected: int | str
+    actual: int | str
+
+    def __str__(self) -> str:
+        return f"Task {self.task_id} was accepted with {self.what} {self.actual}, where {self.expected} was expected."
+
+
+def differences(request: GenerateRequest | EditRequest, submission: Submission) -> list[Differed]:
+    """Return where a receipt differs from what was asked for, as far as both say.
+
+    Source: "Response" of "Step 1: Submit Generation Request"; "Credit Cost".
+    """
+    asked = {"credits": request.expected_credits, **request.settings}
+    got = {"credits": submission.credits_used, "model": submission.model, "quality": submission.quality}
+    got["aspect_ratio"] = submission.aspect_ratio
+    return [
+        Differed(task_id=submission.task_id, what=what, expected=expected, actual=actual)
+        for what, expected in asked.items()
+        if expected is not None and (actual := got[what]) is not None and actual != expected
+    ]
 
 
 EventHook: TypeAlias = Callable[[Event], Any]

@@ -69,6 +69,11 @@ def _check_setting(_: object, attribute: Attribute[Any], value: object) -> None:
         _check_text(attribute.name, value, "leave it out, and the service chooses")
 
 
+def _check_key(_: object, __: object, key: str | None) -> None:
+    if key is not None and len(_check_text("A key", key)) > 512:
+        raise InvalidRequestError("A key has at most 512 characters. Nothing was sent.")
+
+
 def _check_quality(request: Any, _: Attribute[Any], quality: str | None) -> None:
     """Source: "Step 1: Submit Generation Request", parameter `quality`, and "Limits"."""
     if quality is None or isinstance(quality, Unchecked) or isinstance(request.model, Unchecked):
@@ -131,6 +136,7 @@ class GenerateRequest:
         model: "cv-2" or "cv-1"; None leaves the choice to the service, which takes cv-2.
         quality: "2k", or "4k" with cv-1; None leaves the choice to the service.
         aspect_ratio: Such as "16:9", "1:1", "4:3", "9:16", "a4-portrait"; None leaves it to the service.
+        key: Your own name for this piece of work, or None: what has the same key is not paid for twice.
 
     Raises:
         InvalidRequestError: The request could only be refused. Nothing was sent.
@@ -140,11 +146,17 @@ class GenerateRequest:
     model: Model | None = field(default=None, validator=_check_setting, kw_only=True)
     quality: Quality | None = field(default=None, validator=[_check_setting, _check_quality], kw_only=True)
     aspect_ratio: AspectRatio | None = field(default=None, validator=_check_setting, kw_only=True)
+    key: str | None = field(default=None, validator=_check_key, kw_only=True)
 
     @property
     def expected_credits(self) -> int | None:
         """The credits this request should cost, or None for a model or quality without a documented price."""
         return price(len(self.prompts), model=self.model, quality=self.quality)
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """The settings that were given, by the names of the attributes."""
+        return _settings(self)
 
 
 @frozen
@@ -160,6 +172,7 @@ class EditRequest:
         model: As for `GenerateRequest`.
         quality: As for `GenerateRequest`.
         aspect_ratio: As for `GenerateRequest`.
+        key: As for `GenerateRequest`.
 
     Raises:
         InvalidRequestError: The request could only be refused. Nothing was sent.
@@ -172,6 +185,7 @@ class EditRequest:
     model: Model | None = field(default=None, validator=_check_setting, kw_only=True)
     quality: Quality | None = field(default=None, validator=[_check_setting, _check_quality], kw_only=True)
     aspect_ratio: AspectRatio | None = field(default=None, validator=_check_setting, kw_only=True)
+    key: str | None = field(default=None, validator=_check_key, kw_only=True)
 
     @property
     def prompts(self) -> tuple[str, ...]:
@@ -182,6 +196,16 @@ class EditRequest:
     def expected_credits(self) -> int | None:
         """The credits of one output image, which is what an edit makes; None without a documented price."""
         return price(1, model=self.model, quality=self.quality)
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """The settings that were given, by the names of the attributes."""
+        return _settings(self)
+
+
+def _settings(request: GenerateRequest | EditRequest) -> dict[str, str]:
+    given = {"model": request.model, "quality": request.quality, "aspect_ratio": request.aspect_ratio}
+    return {name: str(value) for name, value in given.items() if value is not None}
 
 
 def price(count: int, *, model: str | None, quality: str | None) -> int | None:

@@ -1,4 +1,4 @@
-"""ConceptViz and Task: the same names as the async client's, for blocking callers.
+"""ConceptViz: the same names as the async client's, for blocking callers.
 
 What lives here: one line for each public method, with the async twin's signature and text (a test compares them). What
 must never live here: behaviour, which belongs to `_client`, and threads, which belong to `_blocking`.
@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, overload
 
 from ._blocking import Blocking
+from ._budget import Budget, resolve_budget
 from ._client import AsyncConceptViz
 from ._config import resolve_api_key, resolve_base_url
 from ._events import EventHook
-from ._models import Image, ImageInput, Polling, Prompts, Result, Retries, Submission, TaskState
+from ._journal import Journal
+from ._models import Image, ImageInput, Polling, Prompts, Result, Retries
 from ._spec import AspectRatio, Model, Quality
+from ._sync_task import Task
 from ._task import AsyncTask
 
 if TYPE_CHECKING:
@@ -48,6 +51,8 @@ class ConceptViz:
         polling: How tasks are waited for.
         retries: How often what is safe to repeat is repeated.
         max_connections: Connections, and so requests at a time, to the API, and as many to the image host.
+        budget: The credits this client may spend, or a `Budget` that several share; None for any number.
+        journal: A file, or a `Journal`, in which every paid submit is written down before it is sent; None for none.
         on_event: Called with each `Event`, in the thread of the client's event loop; an awaitable that it returns is
             awaited. It cannot call this client, which would wait for itself. Its errors go to the caller of the
             method that was running.
@@ -55,6 +60,7 @@ class ConceptViz:
 
     Raises:
         InvalidRequestError: There is no usable API key, or the base URL is not one. Nothing was sent.
+        JournalError: The journal cannot be used.
 
     Source: "Authentication", "Base URL".
     """
@@ -68,20 +74,26 @@ class ConceptViz:
         polling: Polling = Polling(),  # noqa: B008 - frozen: every client may share it
         retries: Retries = Retries(),  # noqa: B008 - likewise
         max_connections: int = 20,
+        budget: Budget | int | None = None,
+        journal: Journal | str | os.PathLike[str] | None = None,
         on_event: EventHook | None = None,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
-        key = resolve_api_key(api_key)
+        secret = resolve_api_key(api_key)
         url = resolve_base_url(base_url)
+        # Made once: a forked child goes on with what was spent, and with the same file.
+        allowance = resolve_budget(budget)
 
         def make() -> AsyncConceptViz:
             return AsyncConceptViz(
-                key.reveal,  # asked for once, above: a forked child must not ask a password manager again
+                secret.reveal,  # asked for once, above: a forked child must not ask a password manager again
                 base_url=url,
                 timeout=timeout,
                 polling=polling,
                 retries=retries,
                 max_connections=max_connections,
+                budget=allowance,
+                journal=journal,
                 on_event=on_event,
                 transport=transport,
             )
@@ -111,6 +123,7 @@ class ConceptViz:
         model: Model | None = None,
         quality: Quality | None = None,
         aspect_ratio: AspectRatio | None = None,
+        key: str | None = None,
     ) -> Task:
         """Submit one prompt, or a batch of two to four, as one task.
 
@@ -119,12 +132,16 @@ class ConceptViz:
             model: "cv-2" (what the service takes by itself) or "cv-1".
             quality: "2k", or "4k" with cv-1.
             aspect_ratio: Such as "16:9", "1:1", "4:3", "9:16", "a4-portrait".
+            key: Your own name for this piece of work. With a journal, what has the same key is paid for once, by
+                whatever process; a second call takes up the task of the first.
 
         Returns:
             The task, whose `submission` is the receipt.
 
         Raises:
             InvalidRequestError: The request could only be refused. Nothing was sent.
+            BudgetExceededError: It would cost more than is left of the budget. Nothing was sent.
+            JournalError: It could not be written down. Nothing was sent, or the error carries the receipt.
             NotSentError: No connection could be made. Nothing was spent.
             SubmissionUnknownError: It was sent and no readable answer came: it may have been charged.
             APIStatusError: The service refused it. Nothing was spent.
@@ -137,7 +154,9 @@ class ConceptViz:
         """
         return Task(
             self._blocking,
-            self._blocking.run(lambda cv: cv.submit(prompt, model=model, quality=quality, aspect_ratio=aspect_ratio)),
+            self._blocking.run(
+                lambda cv: cv.submit(prompt, model=model, quality=quality, aspect_ratio=aspect_ratio, key=key)
+            ),
         )
 
     def submit_edit(
@@ -148,6 +167,7 @@ class ConceptViz:
         model: Model | None = None,
         quality: Quality | None = None,
         aspect_ratio: AspectRatio | None = None,
+        key: str | None = None,
     ) -> Task:
         """Submit an edit of one to four images.
 
@@ -158,16 +178,14 @@ class ConceptViz:
             model: As for `submit`.
             quality: As for `submit`.
             aspect_ratio: As for `submit`.
+            key: As for `submit`.
 
         Returns:
             The task, whose `submission` is the receipt.
 
         Raises:
-            InvalidRequestError: The request could only be refused, or an image cannot be read. Nothing was sent.
-            NotSentError: No connection could be made. Nothing was spent.
-            SubmissionUnknownError: It was sent and no readable answer came: it may have been charged.
-            APIStatusError: The service refused it. Nothing was spent.
-            GenerationFailedError: The service failed at once, documented as refunded.
+            InvalidRequestError: Also if an image cannot be read, or is not one. Nothing was sent.
+            ConceptVizError: All else as for `submit`.
 
         Credits:
             The price of one image, as for `submit`; the page does not say whether more inputs cost more, so
@@ -178,7 +196,9 @@ class ConceptViz:
         return Task(
             self._blocking,
             self._blocking.run(
-                lambda cv: cv.submit_edit(prompt, images, model=model, quality=quality, aspect_ratio=aspect_ratio)
+                lambda cv: cv.submit_edit(
+                    prompt, images, model=model, quality=quality, aspect_ratio=aspect_ratio, key=key
+                )
             ),
         )
 
@@ -189,6 +209,7 @@ class ConceptViz:
         model: Model | None = None,
         quality: Quality | None = None,
         aspect_ratio: AspectRatio | None = None,
+        key: str | None = None,
         timeout: float | None = None,
     ) -> Result:
         """Submit one prompt, or a batch of two to four, and wait for the images.
@@ -198,6 +219,7 @@ class ConceptViz:
             model: As for `submit`.
             quality: As for `submit`.
             aspect_ratio: As for `submit`.
+            key: As for `submit`.
             timeout: Seconds for all of it; None is `polling.timeout`. A submit under way is not cut short by it: its
                 answer holds the id of a paid task. It has the client's own timeout.
 
@@ -206,6 +228,8 @@ class ConceptViz:
 
         Raises:
             InvalidRequestError: The request could only be refused. Nothing was sent.
+            BudgetExceededError: It would cost more than is left of the budget. Nothing was sent.
+            JournalError: It could not be written down. Nothing was sent, or the error carries the receipt.
             NotSentError: No connection could be made. Nothing was spent.
             SubmissionUnknownError: It was sent and no readable answer came: it may have been charged.
             APIStatusError: The service refused the submit, or to be asked about the task.
@@ -220,7 +244,9 @@ class ConceptViz:
         Source: "Generate Diagrams".
         """
         return self._blocking.run(
-            lambda cv: cv.generate(prompt, model=model, quality=quality, aspect_ratio=aspect_ratio, timeout=timeout)
+            lambda cv: cv.generate(
+                prompt, model=model, quality=quality, aspect_ratio=aspect_ratio, key=key, timeout=timeout
+            )
         )
 
     def edit(
@@ -231,6 +257,7 @@ class ConceptViz:
         model: Model | None = None,
         quality: Quality | None = None,
         aspect_ratio: AspectRatio | None = None,
+        key: str | None = None,
         timeout: float | None = None,
     ) -> Result:
         """Submit an edit of one to four images and wait for its image.
@@ -241,20 +268,15 @@ class ConceptViz:
             model: As for `submit`.
             quality: As for `submit`.
             aspect_ratio: As for `submit`.
+            key: As for `submit`.
             timeout: As for `generate`.
 
         Returns:
             The edited image.
 
         Raises:
-            InvalidRequestError: The request could only be refused, or an image cannot be read. Nothing was sent.
-            NotSentError: No connection could be made. Nothing was spent.
-            SubmissionUnknownError: It was sent and no readable answer came: it may have been charged.
-            APIStatusError: The service refused the submit, or to be asked about the task.
-            GenerationFailedError: The task ended as failed.
-            WaitTimeoutError: The time ran out. The task goes on, and its id is in the error.
-            PollInterruptedError: Looks at the task kept failing. It goes on, and its id is in the error.
-            UnexpectedResponseError: The task is completed without images.
+            InvalidRequestError: Also if an image cannot be read, or is not one. Nothing was sent.
+            ConceptVizError: All else as for `generate`.
 
         Credits:
             As for `submit_edit`.
@@ -262,8 +284,26 @@ class ConceptViz:
         Source: "Edit Images".
         """
         return self._blocking.run(
-            lambda cv: cv.edit(prompt, images, model=model, quality=quality, aspect_ratio=aspect_ratio, timeout=timeout)
+            lambda cv: cv.edit(
+                prompt, images, model=model, quality=quality, aspect_ratio=aspect_ratio, key=key, timeout=timeout
+            )
         )
+
+    def resume(self) -> list[Task]:
+        """Take up what the journal knows as paid for and not ended, by this account at this API. Costs nothing.
+
+        Returns:
+            The tasks, the oldest submit first; none without a journal. `wait` on each brings its images.
+
+        Raises:
+            JournalError: The journal could not be read.
+
+        Credits:
+            None: they are paid for.
+
+        Source: "Step 2: Poll for Results".
+        """
+        return [Task(self._blocking, task) for task in self._blocking.run(lambda cv: cv.resume())]
 
     def task(self, task_id: str) -> Task:
         """Pick a task up again by its id, in any process. Does no I/O.
@@ -344,100 +384,6 @@ class ConceptViz:
     def credits_remaining(self) -> int | None:
         """The credits left in the account as of the last answer that said so, or None: there is no way to ask."""
         return self._blocking.client.credits_remaining
-
-
-class Task:
-    """A task at the service: submitted by us, or picked up by its id.
-
-    Made by `ConceptViz.submit`, `submit_edit` and `task`.
-    """
-
-    def __init__(self, blocking: Blocking[AsyncConceptViz], task: AsyncTask) -> None:
-        self._blocking = blocking
-        self._task = task
-        self._home = blocking.client
-
-    def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self.id}>"
-
-    @property
-    def id(self) -> str:
-        """The task's id: all that is needed to take it up again."""
-        return self._task.id
-
-    @property
-    def submission(self) -> Submission | None:
-        """The receipt, or None for a task that was picked up by its id."""
-        return self._task.submission
-
-    def status(self) -> TaskState:
-        """Look at the task once, now.
-
-        Raises:
-            PollInterruptedError: The look kept failing. The task goes on.
-            APIStatusError: The service refused it: TaskNotFoundError for an unknown id.
-            UnexpectedResponseError: The answer is not the documented shape.
-
-        Credits:
-            None.
-
-        Source: "Step 2: Poll for Results".
-        """
-        return self._blocking.run(lambda cv: self._of(cv).status())
-
-    def wait(self, *, timeout: float | None = None) -> Result:
-        """Wait until the task has ended, looking at it every 3 to 5 s.
-
-        Being cancelled, or stopping to wait, does not stop the task: it is paid for and goes on.
-
-        Args:
-            timeout: Seconds, a bound on everything that is done meanwhile; None is `polling.timeout`.
-
-        Returns:
-            The images, matched with their prompts as far as these are known.
-
-        Raises:
-            GenerationFailedError: The task ended as failed.
-            ModerationBlockedError: It ended as failed because its input was blocked.
-            WaitTimeoutError: The time ran out. The task goes on.
-            PollInterruptedError: Looks kept failing. The task goes on.
-            APIStatusError: The service refuses to be asked: TaskNotFoundError, AuthenticationError.
-            UnexpectedResponseError: The task is completed without images.
-
-        Credits:
-            None: the submit has paid.
-
-        Source: "Step 2: Poll for Results", "Limits".
-        """
-        return self._blocking.run(lambda cv: self._of(cv).wait(timeout=timeout))
-
-    def watch(self, *, timeout: float | None = None) -> Iterator[TaskState]:
-        """Iterate over the looks at the task, the last of which finds it ended.
-
-        Args:
-            timeout: Seconds from the first look asked for; None is `polling.timeout`.
-
-        Yields:
-            The task as each look finds it; a failed task is a state here, not an error.
-
-        Raises:
-            WaitTimeoutError: The time ran out. The task goes on.
-            PollInterruptedError: Looks kept failing. The task goes on.
-            APIStatusError: The service refuses to be asked: TaskNotFoundError, AuthenticationError.
-            UnexpectedResponseError: The task is completed without images.
-
-        Credits:
-            None.
-
-        Source: "Step 2: Poll for Results".
-        """
-        return self._blocking.iterate(lambda cv: self._of(cv).watch(timeout=timeout))
-
-    def _of(self, client: AsyncConceptViz) -> AsyncTask:
-        """Return the task as one of this process's client, which after a fork is another."""
-        if client is not self._home:
-            self._task, self._home = AsyncTask(client._poller, self.id, self.submission), client
-        return self._task
 
 
 def _note_lost(value: object) -> None:

@@ -6,7 +6,7 @@ What lives here: the public methods of a task. What must never live here: HTTP, 
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 import anyio
 
@@ -27,13 +27,20 @@ class AsyncTask:
     """
 
     def __init__(
-        self, poller: Poller, task_id: str, submission: Submission | None = None, accepted_at: float | None = None
+        self,
+        poller: Poller,
+        task_id: str,
+        submission: Submission | None = None,
+        accepted_at: float | None = None,
+        settle: Callable[[TaskState], Awaitable[None]] | None = None,
+        end: TaskState | None = None,
     ) -> None:
         self._poller = poller
         self._id = task_id
         self._submission = submission
         self._accepted_at = accepted_at
-        self._end: TaskState | None = None
+        self._settle = settle
+        self._end = end
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self._id}>"
@@ -151,6 +158,8 @@ class AsyncTask:
                 raise
             elapsed = anyio.current_time() - looks.started_at
             assert self._end is not None  # the looks end with the task, or raise
+            if self._settle is not None:
+                await self._settle(self._end)
             await self._announce(self._end, elapsed)
         return build_result(self._end, self._submission)
 

@@ -21,7 +21,8 @@ import anyio.lowlevel
 import httpx
 from attrs import frozen
 
-from . import _wire
+from . import _calls, _wire
+from ._calls import ApiCall
 from ._config import Secret
 from ._errors import ConceptVizError, Credits, InvalidRequestError, NotSentError, PollInterruptedError, ServerError
 from ._events import Event, Retrying
@@ -29,7 +30,7 @@ from ._json import MAX_ANSWER_BYTES
 from ._models import EditRequest, GenerateRequest, Retries, Submission, TaskState
 from ._policy import retry_delay
 from ._version import __version__
-from ._wire import Answer, ApiCall
+from ._wire import Answer
 
 if TYPE_CHECKING:
     import ssl
@@ -42,6 +43,8 @@ _PIECE = 256 * 1024
 # What httpx raises for an exchange that fails. The last two are for a Location that it cannot read: it reads each,
 # though it is told to follow none, and lets the errors of its IDNA library through.
 EXCHANGE_ERRORS = (httpx.HTTPError, httpx.StreamError, httpx.InvalidURL, UnicodeError)
+# The step that a transport reports before it writes a request's head.
+_FIRST_BYTE = "send_request_headers.started"
 # Raised before a connection exists, whatever the transport is.
 _NEVER_SENT = (
     httpx.ConnectError,
@@ -63,6 +66,7 @@ def open_http_client(
     *,
     timeout: float,
     max_connections: int,
+    keep_alive: bool = True,
     tls: bool = True,
     proxies: bool = True,
 ) -> httpx.AsyncClient:
@@ -72,6 +76,7 @@ def open_http_client(
         transport: The caller's own, or None for httpx's.
         timeout: Seconds that any single step may take; the whole is bounded by the caller's cancel scope.
         max_connections: How many connections it may open.
+        keep_alive: Whether a connection serves more than one request.
         tls: Whether it will speak TLS: without, the certificates are not even read.
         proxies: Whether proxies are looked up in the environment.
     """
@@ -82,7 +87,9 @@ def open_http_client(
         # TCP and TLS have half each: httpcore closes a socket that is late by its own clock, and drops one that is
         # cancelled, as it would be by the bound on the whole.
         timeout=httpx.Timeout(timeout, connect=timeout / 2),
-        limits=httpx.Limits(max_connections=max_connections, max_keepalive_connections=max_connections),
+        limits=httpx.Limits(
+            max_connections=max_connections, max_keepalive_connections=max_connections if keep_alive else 0
+        ),
         follow_redirects=False,
         trust_env=proxies,
         verify=_ssl_context() if tls and transport is None else False,
@@ -186,11 +193,13 @@ class _Unanswered:
         reason: What happened, in our words.
         sent: Whether the service may have the request.
         partial: What arrived of an answer.
+        last_step: The last step that the transport reported, or None.
     """
 
     reason: str
     sent: bool
     partial: Answer | None
+    last_step: str | None
 
 
 class Transport:
@@ -232,34 +241,52 @@ class Transport:
                 "The base URL's host is not one that can be connected to. Nothing was sent."
             ) from None
         tls = base_url.startswith("https:")
-        self._http = LoopBound(
-            # Without TLS the host is this machine, and a proxy would be handed the key.
-            lambda: open_http_client(transport, timeout=timeout, max_connections=max_connections, tls=tls, proxies=tls),
-            max_connections,
-        )
+        # Only httpx's own transport is known to say when it is about to send.
+        self._is_traced = transport is None or isinstance(transport, httpx.AsyncHTTPTransport)
 
-    async def submit(self, call: ApiCall, request: GenerateRequest | EditRequest) -> Submission:
-        """Send a submit; send it again only if it was never sent, or was refused for its haste.
+        def open_client(keep_alive: bool) -> httpx.AsyncClient:
+            # Without TLS the host is this machine, and a proxy would be handed the key.
+            return open_http_client(
+                transport,
+                timeout=timeout,
+                max_connections=max_connections,
+                keep_alive=keep_alive,
+                tls=tls,
+                proxies=tls,
+            )
+
+        self._looks = LoopBound(lambda: open_client(keep_alive=True), max_connections)
+        # Each submit has a connection of its own: one that was used before may be closing, or may still hold an answer
+        # to somebody else's request, and a submit that meets either cannot be told from one that was charged.
+        self._submits = LoopBound(lambda: open_client(keep_alive=False), max_connections)
+
+    async def submit(
+        self,
+        call: ApiCall,
+        request: GenerateRequest | EditRequest,
+        before_first_byte: Callable[[], Awaitable[None]],
+    ) -> Submission:
+        """Send a submit, once.
+
+        Args:
+            call: The submit.
+            request: What it asks for.
+            before_first_byte: Awaited at the last moment before a byte of it may leave; if it raises, none does.
 
         Raises:
-            NotSentError: No connection was made, attempt after attempt.
+            NotSentError: No connection was made.
             SubmissionUnknownError: It was sent and may have been charged.
             APIStatusError: It was refused.
             GenerationFailedError: It failed at once, documented as refunded.
         """
-
-        async def attempt() -> Submission:
-            answer = await self._exchange(call)
-            if isinstance(answer, Answer):
-                return _wire.parse_submission(answer, request)
-            if answer.sent:
-                return _wire.unanswered_submission(answer.reason, answer.partial, request)
-            raise NotSentError(
-                f"The request was not sent: {answer.reason} ({self._host}). Nothing was spent; it is safe to submit "
-                "again."
-            )
-
-        return await self._retrying(attempt, None, spends=True)
+        answer = await self._exchange(call, self._submits, before_first_byte)
+        if isinstance(answer, Answer):
+            return _wire.parse_submission(answer, request)
+        if answer.sent:
+            return _wire.unanswered_submission(answer.reason, answer.partial, request, answer.last_step)
+        raise NotSentError(
+            f"The request was not sent: {answer.reason} ({self._host}). Nothing was spent; it is safe to submit again."
+        )
 
     async def look(self, task_id: str, prompts: tuple[str, ...]) -> TaskState:
         """Look at a task once.
@@ -269,7 +296,7 @@ class Transport:
             APIStatusError: The service answered with an error status.
             UnexpectedResponseError: The answer is not the documented shape.
         """
-        answer = await self._exchange(_wire.build_look(task_id))
+        answer = await self._exchange(_calls.build_look(task_id), self._looks)
         if isinstance(answer, Answer):
             return _wire.parse_task(answer, task_id, prompts)
         raise PollInterruptedError(
@@ -299,7 +326,8 @@ class Transport:
 
     async def aclose(self) -> None:
         """Close the connections."""
-        await self._http.aclose()
+        await self._looks.aclose()
+        await self._submits.aclose()
 
     async def _retrying(self, attempt: Callable[[], Awaitable[T]], task_id: str | None, *, spends: bool) -> T:
         for number in itertools.count(1):
@@ -313,19 +341,30 @@ class Transport:
             await anyio.sleep(delay)
         raise AssertionError("unreachable")  # pragma: no cover - itertools.count has no end
 
-    async def _exchange(self, call: ApiCall) -> Answer | _Unanswered:
+    async def _exchange(
+        self,
+        call: ApiCall,
+        connections: LoopBound,
+        before_first_byte: Callable[[], Awaitable[None]] | None = None,
+    ) -> Answer | _Unanswered:
         """Send one request and read its answer to the end, within the timeout."""
-        client, limiter = self._http.get()
-        reached: set[str] = set()
+        client, limiter = connections.get()
+        steps: list[str] = []
         received: dict[str, Any] = {}
         reason = ""
         never_sent = False
 
         async def trace(step: str, _: Any) -> None:
-            reached.add(step)
+            # A proxy's CONNECT makes the same step before the request does: that errs to the safe side.
+            is_first = step.endswith(_FIRST_BYTE) and not any(earlier.endswith(_FIRST_BYTE) for earlier in steps)
+            if is_first and before_first_byte is not None and self._is_traced:
+                await before_first_byte()
+            steps.append(step)
 
         async with limiter:
             with anyio.move_on_after(self._timeout) as scope:
+                if before_first_byte is not None and not self._is_traced:
+                    await before_first_byte()
                 try:
                     request = self._request(client, call, trace)
                     response = await client.send(request, stream=True)
@@ -347,10 +386,8 @@ class Transport:
             return answer
         # The line between "not sent" and "may have been sent" is the first byte of the request's head. The transports
         # that report their steps say when they cross it; for the others there is only the kind of the error.
-        sent = any(step.endswith("send_request_headers.started") for step in reached)
-        if not reached:
-            sent = not never_sent
-        return _Unanswered(reason, sent, answer)
+        sent = any(step.endswith(_FIRST_BYTE) for step in steps) if steps else not never_sent
+        return _Unanswered(reason, sent, answer, steps[-1] if steps else None)
 
     def _request(self, client: httpx.AsyncClient, call: ApiCall, trace: Any) -> httpx.Request:
         headers = httpx.Headers({"Authorization": f"Bearer {self._key.reveal()}"})

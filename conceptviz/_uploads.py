@@ -18,11 +18,11 @@ from urllib.parse import urlsplit
 
 from anyio import to_thread
 
-from . import _images, _wire
+from . import _calls, _images
+from ._calls import ApiCall, ImageFile
 from ._errors import InvalidRequestError
 from ._models import EditRequest, ImageInput
 from ._spec import IMAGE_BYTES_LIMIT, IMAGE_BYTES_WARN
-from ._wire import ApiCall, ImageFile
 
 logger = logging.getLogger("conceptviz")
 
@@ -44,7 +44,7 @@ def _build(request: EditRequest) -> ApiCall:
     # A str is a URL here, and with a URL the edit goes as JSON.
     is_json = any(isinstance(image, str) for image in request.images)
     images = [_read(image, f"Image {n}", is_json) for n, image in enumerate(request.images, 1)]
-    return _wire.build_edit(request, images, boundary=secrets.token_hex(16))
+    return _calls.build_edit(request, images, boundary=secrets.token_hex(16))
 
 
 def _read(image: ImageInput, name: str, as_base64: bool) -> ImageFile | str:

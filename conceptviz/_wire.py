@@ -1,20 +1,18 @@
-"""The API's wire format: requests become bytes, answers become values or errors.
+"""The API's answers become values or errors.
 
-Rules: this is the only module that knows a JSON key. It is pure: no clock, no socket, no file. Whatever bytes, JSON
-and headers are given to a `parse_*`, it returns a value or raises a ConceptVizError.
+Rules: only this module knows the JSON keys of answers, and only `_calls` those of requests. It is pure: no clock,
+no socket, no file. Whatever bytes, JSON and headers are given to a `parse_*`, it returns a value or raises a
+ConceptVizError.
 """
 
 from __future__ import annotations
 
-import base64
-import json
 import logging
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
-from urllib.parse import quote
 
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 
 from . import _refusals, _spec
 from ._errors import (
@@ -22,47 +20,23 @@ from ._errors import (
     Credits,
     GenerationFailedError,
     InsufficientCreditsError,
-    InvalidRequestError,
     ServerError,
     SubmissionUnknownError,
     TaskNotFoundError,
     UnexpectedResponseError,
 )
-from ._images import ImageFormat
 from ._json import count_or_none, flag_or_none, read_mapping, text_or_none
 from ._matching import match_images
 from ._models import EditRequest, GenerateRequest, Image, Result, Submission, TaskState
 
 logger = logging.getLogger("conceptviz")
 
-_TASK_ID = re.compile(_spec.TASK_ID_CHARACTERS)
 # A task id in a body that is not as documented: the id of a paid task is worth more than the body's good form.
 _SALVAGE = tuple(
     re.compile(rb'"%s"\s*:\s*"(%s)"' % (key, _spec.TASK_ID_CHARACTERS.encode())) for key in (b"taskId", b"task_id")
 )
+_IDENTIFYING_HEADERS = frozenset({"cf-ray", "content-type", "date", "location", "server", "x-request-id"})
 _HASH = re.compile(r"[0-9a-fA-F]{64}")
-
-
-@frozen
-class ApiCall:
-    """A request to the API, ready to be sent.
-
-    Attributes:
-        method: "GET" or "POST".
-        path: The path below the base URL.
-        content_type: The body's media type, or None without a body.
-        body: The body's bytes in pieces, so that large images are never joined into a second copy.
-    """
-
-    method: str
-    path: str
-    content_type: str | None = None
-    body: tuple[bytes, ...] = field(default=(), repr=False)
-
-    @property
-    def content_length(self) -> int:
-        """The size of the body in bytes."""
-        return sum(map(len, self.body))
 
 
 @frozen
@@ -78,74 +52,6 @@ class Answer:
     status_code: int
     headers: Mapping[str, str] = field(factory=dict)
     body: bytes = field(default=b"", repr=False)
-
-
-@frozen
-class ImageFile:
-    """An image that was read and checked, ready to be uploaded.
-
-    Attributes:
-        content: Its bytes.
-        format: What its leading bytes say it is.
-        is_base64: Whether `content` is base64 already, as a JSON edit needs it: then nobody keeps the bytes themselves.
-    """
-
-    content: bytes = field(repr=False)
-    format: ImageFormat
-    is_base64: bool = False
-
-
-def build_generate(request: GenerateRequest) -> ApiCall:
-    """Build POST /generate; settings are on the wire only if they were given.
-
-    Source: "Step 1: Submit Generation Request".
-    """
-    prompts = request.prompts
-    payload: dict[str, Any] = {"prompt": prompts[0]} if len(prompts) == 1 else {"prompts": list(prompts)}
-    payload |= _settings(request)
-    return ApiCall("POST", _spec.GENERATE_PATH, "application/json", (_dump(payload),))
-
-
-def build_edit(request: EditRequest, images: Sequence[ImageFile | str], *, boundary: str) -> ApiCall:
-    """Build POST /edit: multipart if every image is a file, JSON with data URLs for the files if any is a URL.
-
-    Source: "JSON Request Body" and "Multipart Upload" of "Edit Images".
-
-    Args:
-        request: The edit; its own `images` are not looked at.
-        images: Those images, as read: files, or URLs.
-        boundary: A multipart boundary that no image holds: 32 random hex digits.
-    """
-    fields = {"prompt": request.prompt} | _settings(request)
-    files = [image for image in images if isinstance(image, ImageFile)]
-    if len(files) < len(images):
-        return ApiCall("POST", _spec.EDIT_PATH, "application/json", tuple(_json_edit(fields, images)))
-    body = tuple(_multipart_edit(fields, files, boundary))
-    return ApiCall("POST", _spec.EDIT_PATH, f"multipart/form-data; boundary={boundary}", body)
-
-
-def build_look(task_id: str) -> ApiCall:
-    """Build GET /task/{taskId} from the id alone: the `poll_url` of an answer is never followed.
-
-    Source: "Step 2: Poll for Results".
-    """
-    if task_id in {"", ".", ".."}:
-        raise InvalidRequestError(f"{task_id!r} is not a task id. Nothing was sent.")
-    return ApiCall("GET", _spec.TASK_PATH + quote(task_id, safe="", errors="replace"))
-
-
-def check_task_id(task_id: object) -> str:
-    """Return a caller's task id if it can be one.
-
-    Raises:
-        InvalidRequestError: It cannot: 1 to 128 of the letters A-Z, a-z, 0-9, "_" and "-" are expected.
-    """
-    if not isinstance(task_id, str) or not _TASK_ID.fullmatch(task_id):
-        shown = repr(task_id) if len(repr(task_id)) <= 80 else repr(task_id)[:77] + "..."
-        raise InvalidRequestError(
-            f"{shown} is not a task id: 1 to 128 of A-Z, a-z, 0-9, '_' and '-' are expected. Nothing was sent."
-        )
-    return task_id
 
 
 def parse_submission(answer: Answer, request: GenerateRequest | EditRequest) -> Submission:
@@ -172,17 +78,7 @@ def parse_submission(answer: Answer, request: GenerateRequest | EditRequest) -> 
                 status,
                 task_id,
             )
-        return Submission(
-            task_id=task_id,
-            status=text_or_none(data.get("status")) or "pending",
-            model=text_or_none(data.get("model")),
-            quality=text_or_none(data.get("quality")),
-            aspect_ratio=text_or_none(data.get("aspect_ratio")),
-            credits_used=count_or_none(data.get("credits_used")),
-            credits_remaining=count_or_none(data.get("credits_remaining")),
-            prompts=request.prompts,
-            raw=data,
-        )
+        return read_receipt(task_id, request.prompts, data)
     code = text_or_none(data.get("code"))
     if not _refusals.is_refusal(code, status):
         expected = request.expected_credits
@@ -191,6 +87,7 @@ def parse_submission(answer: Answer, request: GenerateRequest | EditRequest) -> 
             f"({_refusals.quoted(text_or_none(data.get('error')), code, status)}). "
             f"{_refusals.may_be_charged(expected)}",
             status_code=status,
+            headers=_identifying(answer),
             body=answer.body,
             expected_credits=expected,
         )
@@ -199,7 +96,48 @@ def parse_submission(answer: Answer, request: GenerateRequest | EditRequest) -> 
     raise parse_error(answer)
 
 
-def unanswered_submission(reason: str, partial: Answer | None, request: GenerateRequest | EditRequest) -> Submission:
+def read_receipt(task_id: str, prompts: Sequence[str], data: Mapping[str, Any]) -> Submission:
+    """Read a receipt: from the answer to a submit, or from what the journal has kept of it.
+
+    Source: "Response" of "Step 1: Submit Generation Request" and of "Edit Images".
+    """
+    return Submission(
+        task_id=task_id,
+        status=text_or_none(data.get("status")) or "pending",
+        model=text_or_none(data.get("model")),
+        quality=text_or_none(data.get("quality")),
+        aspect_ratio=text_or_none(data.get("aspect_ratio")),
+        credits_used=count_or_none(data.get("credits_used")),
+        credits_remaining=count_or_none(data.get("credits_remaining")),
+        prompts=tuple(prompts),
+        raw=data,
+    )
+
+
+def read_state(task_id: str, prompts: Sequence[str], data: Mapping[str, Any]) -> TaskState:
+    """Read a task's state: from the answer to a look, or from what the journal has kept of it.
+
+    Source: "Step 2: Poll for Results".
+    """
+    status = text_or_none(data.get("status")) or ""
+    # A terminal status is recognised however it is cased: to miss one is to wait for a task that has ended.
+    if status.lower() in _spec.TERMINAL_STATUSES:
+        status = status.lower()
+    images = data.get("images")
+    return TaskState(
+        task_id=task_id,
+        status=status,
+        images=_images(images, task_id, prompts) if isinstance(images, list) else (),
+        error=text_or_none(data.get("error")),
+        code=text_or_none(data.get("code")),
+        credits_refunded=flag_or_none(data.get("credits_refunded")),
+        raw=data,
+    )
+
+
+def unanswered_submission(
+    reason: str, partial: Answer | None, request: GenerateRequest | EditRequest, last_step: str | None = None
+) -> Submission:
     """Read what is known of a submit that was sent but whose answer did not arrive whole.
 
     Raises:
@@ -211,9 +149,16 @@ def unanswered_submission(reason: str, partial: Answer | None, request: Generate
     raise SubmissionUnknownError(
         f"The submit was sent, but {reason} before an answer was read. {_refusals.may_be_charged(expected)}",
         status_code=partial.status_code if partial else None,
+        headers=_identifying(partial) if partial else None,
         body=partial.body if partial else b"",
         expected_credits=expected,
+        last_step=last_step,
     )
+
+
+def _identifying(answer: Answer) -> dict[str, str]:
+    """Return the headers by which a service's support can find an exchange again, and no others."""
+    return {name: value[:200] for name, value in answer.headers.items() if name in _IDENTIFYING_HEADERS}
 
 
 def parse_task(answer: Answer, task_id: str, prompts: Sequence[str] = ()) -> TaskState:
@@ -244,20 +189,7 @@ def parse_task(answer: Answer, task_id: str, prompts: Sequence[str] = ()) -> Tas
             task_id=task_id,
             credits=Credits.SPENT,
         )
-    status = text_or_none(data.get("status")) or ""
-    # A terminal status is recognised however it is cased: to miss one is to wait for a task that has ended.
-    if status.lower() in _spec.TERMINAL_STATUSES:
-        status = status.lower()
-    images = data.get("images")
-    return TaskState(
-        task_id=task_id,
-        status=status,
-        images=_images(images, task_id, prompts) if isinstance(images, list) else (),
-        error=text_or_none(data.get("error")),
-        code=text_or_none(data.get("code")),
-        credits_refunded=flag_or_none(data.get("credits_refunded")),
-        raw=data,
-    )
+    return read_state(task_id, prompts, data)
 
 
 def failed_state(error: ServerError, task_id: str) -> TaskState:
@@ -266,8 +198,7 @@ def failed_state(error: ServerError, task_id: str) -> TaskState:
     Source: "Error Codes", where GENERATION_FAILED is an HTTP 500; "Response (failed)", where it is not.
     """
     data = error.body if isinstance(error.body, dict) else {}
-    refunded = flag_or_none(data.get("credits_refunded"))
-    return TaskState(task_id, _spec.STATUS_FAILED, (), error.message, error.code, refunded, raw=data)
+    return evolve(read_state(task_id, (), data), status=_spec.STATUS_FAILED, error=error.message, code=error.code)
 
 
 def build_result(state: TaskState, submission: Submission | None) -> Result:
@@ -395,43 +326,6 @@ def _failure(state: TaskState) -> GenerationFailedError | APIStatusError:
         task_id=state.task_id,
         credits=credits,
     )
-
-
-def _settings(request: GenerateRequest | EditRequest) -> dict[str, str]:
-    settings = {"model": request.model, "quality": request.quality, "aspectRatio": request.aspect_ratio}
-    return {key: str(value) for key, value in settings.items() if value is not None}
-
-
-def _dump(payload: Mapping[str, Any]) -> bytes:
-    return json.dumps(payload, ensure_ascii=False, separators=(",", ":")).encode()
-
-
-def _json_edit(fields: Mapping[str, str], images: Sequence[ImageFile | str]) -> Iterable[bytes]:
-    """Write the JSON edit with the images in pieces of their own: base64 needs no escaping."""
-    yield _dump(fields)[:-1] + b',"images":['
-    for n, image in enumerate(images):
-        comma = b"," if n else b""
-        if isinstance(image, str):
-            yield comma + json.dumps(image).encode()
-        else:
-            yield comma + b'"data:' + image.format.media_type.encode() + b";base64,"
-            yield image.content if image.is_base64 else base64.b64encode(image.content)
-            yield b'"'
-    yield b"]}"
-
-
-def _multipart_edit(fields: Mapping[str, str], files: Sequence[ImageFile], boundary: str) -> Iterable[bytes]:
-    """Write the multipart edit. File names are ours: a caller's could carry line breaks into a part's header."""
-    start = b"--" + boundary.encode() + b'\r\nContent-Disposition: form-data; name="'
-    for name, value in fields.items():
-        yield start + name.encode() + b'"\r\n\r\n' + value.encode() + b"\r\n"
-    for n, file in enumerate(files, 1):
-        filename = f"image-{n}{file.format.extension}".encode()
-        kind = file.format.media_type.encode()
-        yield start + b'image"; filename="' + filename + b'"\r\nContent-Type: ' + kind + b"\r\n\r\n"
-        yield file.content
-        yield b"\r\n"
-    yield b"--" + boundary.encode() + b"--\r\n"
 
 
 def _images(items: Sequence[Any], task_id: str, prompts: Sequence[str]) -> tuple[Image, ...]:

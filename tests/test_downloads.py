@@ -615,7 +615,7 @@ async def test_a_disk_that_fills_up_while_the_last_bytes_arrive(
         real(thread, timeout)
 
     monkeypatch.setattr(threading.Thread, "join", join)
-    monkeypatch.setattr(_downloads, "_create", lambda path: Full(path, "w"))
+    monkeypatch.setattr(_downloads, "create", lambda path: Full(path, "w"))
     content = png(_downloads._BLOCK + 100)
     cv, _ = client(lambda _: httpx.Response(200, stream=Chunks(content[:-50], content[-50:])))
     async with cv:
@@ -630,7 +630,7 @@ async def test_a_full_disk_ends_the_download(tmp_path: Path, monkeypatch: pytest
     content = png(20 * _downloads._BLOCK)
     pieces = [content[at : at + 2**16] for at in range(0, len(content), 2**16)]
     body = Chunks(*pieces)
-    monkeypatch.setattr(_downloads, "_create", lambda path: io.FileIO("/dev/full", "w"))
+    monkeypatch.setattr(_downloads, "create", lambda path: io.FileIO("/dev/full", "w"))
     cv, script = client(lambda _: httpx.Response(200, stream=body))
     async with cv:
         with pytest.raises(DownloadError, match="No space left"):
@@ -660,7 +660,7 @@ async def test_a_full_disk(at: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
             patch.setattr(os, "link", full)
             patch.setattr(Path, "replace", full)
         else:
-            patch.setattr(_downloads, "_create", create)
+            patch.setattr(_downloads, "create", create)
         cv, _ = client(lambda _: httpx.Response(200, stream=Chunks(*[content[at : at + 2**16] for at in pieces])))
         with pytest.raises(DownloadError, match="No space left") as caught:
             await cv.save(picture(), tmp_path)

@@ -30,7 +30,7 @@ from conceptviz import (
     TaskNotFoundError,
     _spec,
 )
-from conceptviz._wire import ApiCall, ImageFile, build_edit, build_generate
+from conceptviz._calls import ApiCall, ImageFile, build_edit, build_generate
 from conceptviz.simulator import Simulator, render_tiny
 
 pytestmark = pytest.mark.anyio

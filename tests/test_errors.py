@@ -16,6 +16,7 @@ from conceptviz._errors import (
     APIStatusError,
     AuthenticationError,
     BadRequestError,
+    BudgetExceededError,
     ConceptVizError,
     Credits,
     DownloadError,
@@ -23,6 +24,7 @@ from conceptviz._errors import (
     InsufficientCreditsError,
     InvalidImageError,
     InvalidRequestError,
+    JournalError,
     ModerationBlockedError,
     NotSentError,
     PlanError,
@@ -35,11 +37,12 @@ from conceptviz._errors import (
     UnexpectedResponseError,
     WaitTimeoutError,
 )
-from conceptviz._models import Image, TaskState
+from conceptviz._models import Image, Submission, TaskState
 
 TREE: dict[type[ConceptVizError], tuple[type[BaseException], ...]] = {
     ConceptVizError: (Exception,),
     InvalidRequestError: (ConceptVizError, ValueError),
+    BudgetExceededError: (ConceptVizError,),
     NotSentError: (ConceptVizError,),
     SubmissionUnknownError: (ConceptVizError,),
     PollInterruptedError: (ConceptVizError,),
@@ -57,6 +60,7 @@ TREE: dict[type[ConceptVizError], tuple[type[BaseException], ...]] = {
     ServerError: (APIStatusError,),
     GenerationFailedError: (ConceptVizError,),
     WaitTimeoutError: (ConceptVizError, TimeoutError),
+    JournalError: (ConceptVizError,),
     DownloadError: (ConceptVizError,),
 }
 
@@ -73,13 +77,28 @@ API: dict[str, Any] = {
 API_KEPT = {("message" if name == "api_message" else name): value for name, value in API.items()}
 BASE: dict[str, Any] = {"task_id": "task", "credits": Credits.SPENT}
 
+BARE = (ConceptVizError, InvalidRequestError, BudgetExceededError, NotSentError, PollInterruptedError)
+UNKNOWN: dict[str, Any] = {
+    "status_code": 502,
+    "headers": {"cf-ray": "x"},
+    "body": b"<html>",
+    "expected_credits": 4,
+    "attempt_id": "a",
+    "endpoint": "/generate",
+    "sent_at": 1.5,
+    "request_sha256": "f" * 64,
+    "last_step": "http11.receive_response_body.failed",
+    "credits_remaining": 9,
+}
+RECEIPT = Submission("task", raw={"taskId": "task"})
+
 # Each class with its arguments and the attributes that it must keep.
 CASES: list[tuple[type[ConceptVizError], dict[str, Any], dict[str, Any]]] = [
-    *((cls, BASE, BASE) for cls in (ConceptVizError, InvalidRequestError, NotSentError, PollInterruptedError)),
+    *((cls, BASE, BASE) for cls in BARE),
     (
         SubmissionUnknownError,
-        {"status_code": 502, "body": b"<html>", "expected_credits": 4},
-        {"status_code": 502, "body": b"<html>", "expected_credits": 4, "task_id": None, "credits": Credits.UNKNOWN},
+        UNKNOWN,
+        UNKNOWN | {"task_id": None, "credits": Credits.UNKNOWN},
     ),
     (
         UnexpectedResponseError,
@@ -94,6 +113,7 @@ CASES: list[tuple[type[ConceptVizError], dict[str, Any], dict[str, Any]]] = [
         {"code": "X", "message": "Sorry", "credits_refunded": False, **BASE},
     ),
     (WaitTimeoutError, {"task_id": "task", "last_state": STATE}, {"last_state": STATE, **BASE}),
+    (JournalError, {"submission": RECEIPT}, {"submission": RECEIPT, **BASE}),
     (
         DownloadError,
         {"url": "https://h/x.png", "path": Path("a/b.png"), "task_id": "task"},

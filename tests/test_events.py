@@ -11,6 +11,7 @@ import pytest
 
 from conceptviz import (
     Completed,
+    Differed,
     Event,
     Failed,
     GenerationFailedError,
@@ -34,6 +35,7 @@ EVENTS: list[tuple[type[Event], dict[str, Any]]] = [
     (Retrying, {"task_id": None, "attempt": 1, "delay": 0.5, "error": NotSentError("x")}),
     (Completed, {"task_id": "t", "result": Result("t", (IMAGE,)), "elapsed": 60.0}),
     (Failed, {"task_id": "t", "error": GenerationFailedError("x", task_id="t"), "elapsed": 60.0}),
+    (Differed, {"task_id": "t", "what": "model", "expected": "cv-2", "actual": "cv-1"}),
     (Saved, {"task_id": "t", "image": IMAGE, "path": Path("t-0.png")}),
 ]
 

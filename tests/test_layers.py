@@ -21,13 +21,15 @@ LAYERS = [
     {"_models"},
     {"_matching", "_events"},
     {"_refusals"},
-    {"_wire", "_policy"},
-    {"_transport"},
-    {"_uploads", "_downloads"},
+    {"_budget", "_calls", "_policy", "_wire"},
+    {"_database", "_files", "_transport"},
+    {"_uploads", "_downloads", "_journal"},
+    {"_submits"},
     {"_poller"},
     {"_task"},
     {"_client"},
     {"_blocking"},
+    {"_sync_task"},
     {"_sync"},
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}

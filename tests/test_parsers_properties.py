@@ -26,6 +26,7 @@ from conceptviz import (
     TaskState,
     UnexpectedResponseError,
 )
+from conceptviz._calls import build_look, check_task_id
 from conceptviz._images import HEAD_BYTES, TAIL_BYTES, ends_properly, sniff
 from conceptviz._json import decode_json
 from conceptviz._policy import SAFE_TO_SUBMIT_AGAIN, Watch
@@ -33,9 +34,7 @@ from conceptviz._refusals import parse_retry_after
 from conceptviz._spec import ERROR_CODES
 from conceptviz._wire import (
     Answer,
-    build_look,
     build_result,
-    check_task_id,
     failed_state,
     parse_error,
     parse_submission,

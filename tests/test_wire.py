@@ -24,22 +24,10 @@ from conceptviz import (
     Unchecked,
     UnexpectedResponseError,
 )
+from conceptviz._calls import ApiCall, ImageFile, build_edit, build_generate, build_look, check_task_id
 from conceptviz._images import GIF, JPEG, PNG
 from conceptviz._spec import ERROR_CODES
-from conceptviz._wire import (
-    Answer,
-    ApiCall,
-    ImageFile,
-    build_edit,
-    build_generate,
-    build_look,
-    build_result,
-    check_task_id,
-    failed_state,
-    parse_submission,
-    parse_task,
-    unanswered_submission,
-)
+from conceptviz._wire import Answer, build_result, failed_state, parse_submission, parse_task, unanswered_submission
 
 # The literal answers of the API page.
 SUBMITTED = b"""{

@@ -31,6 +31,8 @@ EXIT_CODES: Final[Mapping[type[e.ConceptVizError], int]] = MappingProxyType(
         e.GenerationFailedError: 7,
         e.WaitTimeoutError: 8,
         e.DownloadError: 9,
+        e.BudgetExceededError: 11,
+        e.JournalError: 12,
         e.APIStatusError: 20,
         e.BadRequestError: 21,
         e.ModerationBlockedError: 22,

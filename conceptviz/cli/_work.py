@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from .. import ConceptViz, Polling, Task
-from .._downloads import check_folder
 from .._errors import DownloadError, InvalidRequestError
+from .._files import check_folder
 from .._models import Image, Result, TaskState
 from .._spec import DEFAULT_BASE_URL
 from ._exits import DONE, PARTIAL, in_shell_words

@@ -1,0 +1,352 @@
+"""One paid submit, from the reservation of its credits to the receipt: where money is spent, and nowhere else.
+
+The order is the promise. Credits are reserved and the attempt is written down (INTENT); a fresh connection is made; the
+attempt is written down again at the last moment before its first byte (SENDING); the answer is read, its task id is
+written down (ACCEPTED), and only then does anybody hear of it. All of it runs in a task that the caller's cancellation
+does not reach. What must never live here: a JSON key, HTTP, a rule about what may be sent again (`_policy`).
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from random import Random
+from typing import TypeVar
+
+import anyio
+from anyio import to_thread
+from attrs import define, evolve, field, frozen
+
+from ._budget import Budget, Reservation
+from ._calls import ApiCall, fingerprint
+from ._errors import (
+    ConceptVizError,
+    Credits,
+    GenerationFailedError,
+    InsufficientCreditsError,
+    JournalError,
+    NotSentError,
+    SubmissionUnknownError,
+)
+from ._events import Event, Retrying, Submitted, differences
+from ._journal import AttemptState, Claim, Journal, JournalEntry
+from ._models import EditRequest, GenerateRequest, Retries, Submission, TaskState
+from ._policy import retry_delay
+from ._spec import STATUS_FAILED
+from ._transport import Transport
+from ._wire import read_receipt, read_state
+
+T = TypeVar("T")
+logger = logging.getLogger("conceptviz")
+
+# Seconds that a submit under way is still given after its caller was cancelled: its answer holds the id of paid work.
+GRACE = 10.0
+# Seconds between two looks into the journal for what another caller's submit of the same key has come to.
+_JOURNAL_PAUSE = 0.1
+
+
+@frozen
+class Paid:
+    """A task that is paid for: by this submit, or by an earlier one of the same key.
+
+    Attributes:
+        submission: The receipt.
+        is_new: Whether this submit made the task.
+        end: How the task ended, if the journal knows that already.
+        reservation: What the task cost of the budget, to be given back if it is refunded.
+    """
+
+    submission: Submission
+    is_new: bool = True
+    end: TaskState | None = None
+    reservation: Reservation | None = field(default=None, repr=False, eq=False)
+
+
+@define
+class Submits:
+    """Where credits are spent.
+
+    Attributes:
+        transport: The API.
+        retries: How often what is safe to repeat is repeated.
+        budget: What may be spent, or None for anything.
+        journal: Where it is written down, or None.
+        account: A fingerprint of the API key.
+        base_url: The API's base URL.
+        timeout: Seconds for one HTTP exchange.
+        emit: Called with each event.
+        rng: The randomness of the pauses.
+        credits_remaining: The credits left in the account as of the last answer that said so.
+    """
+
+    transport: Transport
+    retries: Retries
+    budget: Budget | None
+    journal: Journal | None
+    account: str
+    base_url: str
+    timeout: float
+    emit: Callable[[Event], Awaitable[None]]
+    rng: Random
+    credits_remaining: int | None = None
+
+    async def submit(self, call: ApiCall, request: GenerateRequest | EditRequest) -> Paid:
+        """Pay for a piece of work, or find that it is paid for, and tell the hook what came of it.
+
+        Raises:
+            BudgetExceededError: The budget does not allow it. Nothing was sent.
+            NotSentError: No connection was made. Nothing was spent.
+            SubmissionUnknownError: It was sent and may have been charged, now or by an earlier submit of this key.
+            JournalError: It could not be written down: before it was sent, or after, with the receipt.
+            APIStatusError: The service refused it.
+            GenerationFailedError: The service failed at once.
+        """
+        submit = _Submit(self, call, request)
+        try:
+            paid = await to_the_end(submit.run)
+            if paid.is_new:
+                await self.emit(Submitted(task_id=paid.submission.task_id, submission=paid.submission))
+                for difference in differences(request, paid.submission):
+                    logger.warning("%s", difference)
+                    await self.emit(difference)
+        except BaseException:
+            if submit.submission is not None:
+                logger.warning(
+                    "Interrupted after task %s was accepted: it is paid for and goes on; task(%r).wait() takes it up.",
+                    submit.submission.task_id,
+                    submit.submission.task_id,
+                )
+            raise
+        return paid
+
+    async def unended(self) -> list[Paid]:
+        """Return what the journal knows as paid for and not ended, by this account at this API."""
+        if self.journal is None:
+            return []
+        entries = await to_thread.run_sync(self.journal.entries, AttemptState.ACCEPTED)
+        ours = [e for e in entries if (e.account, e.base_url) == (self.account, self.base_url)]
+        return [paid for entry in ours if (paid := _recall(entry)) is not None]
+
+    async def end(self, state: TaskState, reservation: Reservation | None) -> None:
+        """Take in how a task ended: a refund goes back into the budget, the end into the journal.
+
+        To lose this costs a look at the task, never money: an error of the journal is logged.
+        """
+        if reservation is not None and state.credits_refunded:
+            reservation.refund()
+        if self.journal is not None:
+            try:
+                await to_thread.run_sync(self.journal.finished, state)
+            except JournalError as error:
+                logger.warning("The end of task %s was not written down: %s", state.task_id, error)
+
+
+class _Submit:
+    """One call of `Submits.submit`."""
+
+    def __init__(self, submits: Submits, call: ApiCall, request: GenerateRequest | EditRequest) -> None:
+        self._submits = submits
+        self._journal = submits.journal
+        self._call = call
+        self._request = request
+        self._attempt: str | None = None
+        self._reservation: Reservation | None = None
+        self._sent_at: float | None = None
+        self.submission: Submission | None = None
+
+    async def run(self, stop: anyio.Event) -> Paid:
+        """Submit, again and again where that is safe, until it is paid, refused or unknown, or `stop` is set."""
+        try:
+            known = await self._begin(stop)
+            if known is not None:
+                return known
+            submission = await self._send(stop)
+        except BaseException as error:
+            with anyio.CancelScope(shield=True):
+                await self._give_up(error)
+            raise
+        return Paid(submission, reservation=self._reservation)
+
+    async def _begin(self, stop: anyio.Event) -> Paid | None:
+        """Reserve the credits and write INTENT down, unless the key's work is paid for already."""
+        if self._journal is None:
+            self._reserve()
+            return None
+        sha256 = await to_thread.run_sync(fingerprint, self._call)
+        while True:
+            claim = await to_thread.run_sync(self._claim, self._journal, sha256)
+            if claim.is_ours:
+                self._attempt = claim.entry.id
+                return None
+            known = _recall(claim.entry)
+            if known is not None:
+                return known
+            if await _is_set(stop, _JOURNAL_PAUSE):
+                raise NotSentError("Stopped while another submit of the same key was under way. Nothing was sent.")
+
+    def _reserve(self) -> None:
+        budget = self._submits.budget
+        if budget is not None:
+            self._reservation = budget.reserve(self._request.expected_credits)
+
+    def _claim(self, journal: Journal, sha256: str) -> Claim:
+        submits, request = self._submits, self._request
+        return journal.claim(
+            key=request.key,
+            fingerprint=sha256,
+            account=submits.account,
+            base_url=submits.base_url,
+            endpoint=self._call.path,
+            prompts=request.prompts,
+            settings=request.settings,
+            expected_credits=request.expected_credits,
+            # One exchange and a pause before the next; each attempt begins the time anew.
+            seconds=submits.timeout + submits.retries.max_retry_after + submits.retries.max_delay + GRACE,
+            reserve=self._reserve,
+        )
+
+    async def _send(self, stop: anyio.Event) -> Submission:
+        for number in itertools.count(1):
+            self._sent_at = None
+            try:
+                submission = await self._submits.transport.submit(self._call, self._request, self._before_first_byte)
+            except ConceptVizError as error:
+                delay = retry_delay(error, number, self._submits.retries, self._submits.rng, spends=True)
+                if delay is None:
+                    raise
+                await self._submits.emit(Retrying(task_id=None, attempt=number, delay=delay, error=error))
+                if await _is_set(stop, delay):
+                    raise
+                if self._journal is not None and self._attempt is not None:
+                    await to_thread.run_sync(self._journal.send_again, self._attempt)
+            else:
+                await self._accept(submission)
+                return submission
+        raise AssertionError("unreachable")  # pragma: no cover - itertools.count has no end
+
+    async def _before_first_byte(self) -> None:
+        """Write SENDING down. If that fails no byte has left, and none will."""
+        if self._journal is not None and self._attempt is not None:
+            await to_thread.run_sync(self._journal.sending, self._attempt)
+        self._sent_at = time.time()
+
+    async def _accept(self, submission: Submission) -> None:
+        self.submission = submission
+        if submission.credits_remaining is not None:
+            self._submits.credits_remaining = submission.credits_remaining
+        if self._reservation is not None:
+            self._reservation.settle(submission.credits_used)
+        if self._journal is not None and self._attempt is not None:
+            try:
+                await to_thread.run_sync(self._journal.accepted, self._attempt, submission)
+            except JournalError as error:
+                logger.error(  # noqa: TRY400 - the sentence says it all, and holds the id
+                    "Task %s is paid for, and could not be written into the journal: keep this id. %s",
+                    submission.task_id,
+                    error,
+                )
+                raise JournalError(
+                    f"Task {submission.task_id} was accepted and is paid for, but could not be written down: {error} "
+                    "Keep the id: task(id).wait() takes it up.",
+                    submission=submission,
+                ) from error
+
+    async def _give_up(self, error: BaseException) -> None:
+        """Write down what an attempt came to, and give back what it certainly did not cost."""
+        if isinstance(error, JournalError) and error.submission is not None:
+            return
+        if isinstance(error, SubmissionUnknownError):
+            error.attempt_id = error.attempt_id or self._attempt
+            error.endpoint = self._call.path
+            error.sent_at = self._sent_at
+            error.request_sha256 = await to_thread.run_sync(fingerprint, self._call)
+            error.credits_remaining = self._submits.credits_remaining
+        if isinstance(error, InsufficientCreditsError) and error.credits_remaining is not None:
+            self._submits.credits_remaining = error.credits_remaining
+        if isinstance(error, GenerationFailedError):
+            state = AttemptState.FAILED
+        elif isinstance(error, ConceptVizError) and error.credits is Credits.NOT_SPENT:
+            is_unsent = self._sent_at is None or isinstance(error, NotSentError)
+            state = AttemptState.NOT_SENT if is_unsent else AttemptState.REJECTED
+        else:
+            state = AttemptState.UNKNOWN if self._sent_at is not None else AttemptState.NOT_SENT
+        if self._reservation is not None and state in {AttemptState.NOT_SENT, AttemptState.REJECTED}:
+            self._reservation.release()
+        if self._journal is not None and self._attempt is not None:
+            try:
+                await to_thread.run_sync(self._journal.ended, self._attempt, state, str(error)[:1000])
+            except JournalError as failure:
+                # What stands there is read rightly all the same: INTENT was not sent, SENDING may have been charged.
+                logger.warning("The end of attempt %s was not written down: %s", self._attempt, failure)
+
+
+def _recall(entry: JournalEntry) -> Paid | None:
+    """Return what an earlier submit of the key has paid for, or None while it is under way.
+
+    Raises:
+        SubmissionUnknownError: It may have been charged, and nobody knows.
+    """
+    if entry.state is AttemptState.UNKNOWN:
+        error = SubmissionUnknownError(
+            f"An earlier submit of the key {entry.key!r} was sent and never answered: it may have been charged, so it "
+            "is not sent again. Compare the credits in your account, then settle it: `conceptviz journal resolve "
+            f"{entry.id}`, or Journal.resolve.",
+            expected_credits=entry.expected_credits,
+        )
+        error.attempt_id = entry.id
+        raise error
+    if entry.task_id is None:
+        return None
+    end = None if entry.answer is None else read_state(entry.task_id, entry.prompts, entry.answer)
+    if end is not None and entry.state is AttemptState.FAILED:
+        end = evolve(end, status=STATUS_FAILED)  # an HTTP 500 says so without the word
+    return Paid(read_receipt(entry.task_id, entry.prompts, entry.receipt or {}), is_new=False, end=end)
+
+
+async def _is_set(stop: anyio.Event, seconds: float) -> bool:
+    """Wait for `stop`, at most so long, and say whether it is set."""
+    with anyio.move_on_after(seconds):
+        await stop.wait()
+    return stop.is_set()
+
+
+async def to_the_end(work: Callable[[anyio.Event], Awaitable[T]], grace: float = GRACE) -> T:
+    """Run `work` in a task of its own, which the cancellation of this one does not reach.
+
+    A shielded scope around the work would not do: the event loop's own cancellation, which is what `asyncio.wait_for`,
+    `Task.cancel` and the first Ctrl-C use, goes through it. It is the waiting that is cancelled here, not the work.
+    When it is, `work` is told by its event to begin nothing new, and is given `grace` seconds to finish what it began.
+    """
+    stop, done = anyio.Event(), anyio.Event()
+    shield = anyio.CancelScope(shield=True)
+    values: list[T] = []
+    errors: list[BaseException] = []
+
+    async def run() -> None:
+        with shield:
+            try:
+                values.append(await work(stop))
+            except anyio.get_cancelled_exc_class():
+                raise
+            except BaseException as error:  # noqa: BLE001 - SystemExit of a hook too belongs to the caller
+                errors.append(error)
+        done.set()
+
+    interruption: BaseException | None = None
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(run)
+        try:
+            await done.wait()
+        except BaseException as error:  # noqa: BLE001 - it is raised below, when the work has ended
+            interruption = error
+            stop.set()
+            with anyio.CancelScope(shield=True), anyio.move_on_after(grace):
+                await done.wait()
+            shield.cancel()
+    if interruption is not None:
+        raise interruption
+    if errors:
+        raise errors[0]
+    return values[0]
