@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from ._version import __version__
 
 if TYPE_CHECKING:
+    from ._attempts import AttemptState, JournalEntry
     from ._budget import Budget
     from ._client import AsyncConceptViz
     from ._errors import (
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
         WaitTimeoutError,
     )
     from ._events import Completed, Differed, Event, EventHook, Failed, Polled, Retrying, Saved, Submitted
-    from ._journal import AttemptState, Journal, JournalEntry
+    from ._journal import Journal
     from ._models import (
         EditRequest,
         GenerateRequest,
@@ -118,9 +119,10 @@ __all__ = [
 
 _HOMES = {
     "_spec": {"AspectRatio", "Model", "Quality"},
+    "_attempts": {"AttemptState", "JournalEntry"},
     "_budget": {"Budget"},
     "_client": {"AsyncConceptViz"},
-    "_journal": {"AttemptState", "Journal", "JournalEntry"},
+    "_journal": {"Journal"},
     "_task": {"AsyncTask"},
     "_sync": {"ConceptViz"},
     "_sync_task": {"Task"},

@@ -79,36 +79,39 @@ class Budget:
             self._reserved += credits
         return Reservation(self, credits)
 
-    def _change(self, *, reserved: int = 0, spent: int = 0) -> None:
-        with self._lock:
-            self._reserved += reserved
-            self._spent += spent
-
 
 class Reservation:
     """Credits set aside for one submit. Each of its methods counts once: what comes after the end changes nothing."""
 
     def __init__(self, budget: Budget, credits: int) -> None:
         self._budget = budget
-        self._reserved = credits
+        self._reserved: int | None = credits
         self._spent = 0
 
     def release(self) -> None:
         """Give the credits back: the submit was never sent, or was refused."""
-        reserved, self._reserved = self._reserved, 0
-        self._budget._change(reserved=-reserved)
+        with self._budget._lock:
+            self._end()
 
     def settle(self, credits_used: int | None) -> None:
         """Count the credits as spent: the submit was accepted. What was reserved is the least that is counted."""
-        reserved, self._reserved = self._reserved, 0
-        spent = max(reserved, credits_used or 0)
-        self._spent += spent
-        self._budget._change(reserved=-reserved, spent=spent)
+        with self._budget._lock:
+            reserved = self._end()
+            if reserved is not None:
+                self._spent = max(reserved, credits_used or 0)
+                self._budget._spent += self._spent
 
     def refund(self) -> None:
         """Give spent credits back: the service says that it refunded them."""
-        spent, self._spent = self._spent, 0
-        self._budget._change(spent=-spent)
+        with self._budget._lock:
+            self._budget._spent -= self._spent
+            self._spent = 0
+
+    def _end(self) -> int | None:
+        """Take the credits out of those reserved; return None if they are no longer among them."""
+        reserved, self._reserved = self._reserved, None
+        self._budget._reserved -= reserved or 0
+        return reserved
 
 
 def resolve_budget(budget: Budget | int | None) -> Budget | None:

@@ -26,10 +26,10 @@ from ._config import is_loopback, is_private
 from ._errors import ConceptVizError, DownloadError
 from ._events import Event, Retrying
 from ._files import TakenError, create, file_stem, find_saved, publish, rewind, sync
+from ._http import EXCHANGE_ERRORS, LoopBound, open_http_client, reading
 from ._images import HEAD_BYTES, TAIL_BYTES, ends_properly, sniff
 from ._models import Image, Retries, TaskState
 from ._policy import retry_delay
-from ._transport import EXCHANGE_ERRORS, LoopBound, open_http_client, reading
 
 if TYPE_CHECKING:
     from types import TracebackType

@@ -12,7 +12,6 @@ fingerprint tells accounts apart), HTTP, an await.
 
 from __future__ import annotations
 
-import enum
 import json
 import os
 import secrets
@@ -21,8 +20,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from attrs import field, frozen
+from attrs import frozen
 
+from ._attempts import FREE, PAID, AttemptState, JournalEntry, is_free, read_entry
+from ._calls import check_task_id
 from ._errors import InvalidRequestError, JournalError
 from ._models import Submission, TaskState
 from ._spec import STATUS_COMPLETED
@@ -33,78 +34,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
-
-class AttemptState(str, enum.Enum):
-    """What is known of one attempt to submit."""
-
-    INTENT = "intent"
-    """Written down, and certainly not sent yet."""
-    SENDING = "sending"
-    """Its first byte may have left; no answer yet."""
-    ACCEPTED = "accepted"
-    """The service gave a task id: it is paid for."""
-    COMPLETED = "completed"
-    """The task ended well."""
-    FAILED = "failed"
-    """The task ended as failed."""
-    REJECTED = "rejected"
-    """The service refused it: nothing was spent."""
-    NOT_SENT = "not_sent"
-    """It certainly never reached the service."""
-    UNKNOWN = "unknown"
-    """Sent, and no readable answer: it may have been charged. Only a person can resolve it."""
-    ABANDONED = "abandoned"
-    """An UNKNOWN that a person has given up: the same key may be submitted again."""
-
-
-# The states after which the same key may be paid for again, because the first time came to nothing.
-_FREE = frozenset({AttemptState.REJECTED, AttemptState.NOT_SENT, AttemptState.ABANDONED})
-
-
-@frozen
-class JournalEntry:
-    """One attempt to submit, as the journal knows it. Times are seconds since 1970 (UTC), money is in credits.
-
-    Attributes:
-        id: The attempt's own id.
-        state: What is known of it.
-        key: The caller's name for the piece of work, or None.
-        account: A fingerprint of the API key, which tells accounts apart and opens nothing.
-        base_url: The API it was sent to.
-        endpoint: "/generate" or "/edit".
-        prompts: What was asked for.
-        settings: The model, quality and aspect ratio that were asked for.
-        expected_credits: What it costs by the API page, or None without a documented price.
-        created_at: When it was written down.
-        updated_at: When it last changed.
-        task_id: The task, once it was accepted.
-        credits_used: What the service charged, as far as it said.
-        credits_remaining: What was left after it, as far as the service said.
-        is_refunded: Whether the credits of a failed task were given back, as far as the service said.
-        error: What went wrong, in one sentence, or None.
-    """
-
-    id: str
-    state: AttemptState
-    key: str | None
-    account: str
-    base_url: str
-    endpoint: str
-    prompts: tuple[str, ...]
-    settings: dict[str, str]
-    expected_credits: int | None
-    created_at: float
-    updated_at: float
-    task_id: str | None = None
-    credits_used: int | None = None
-    credits_remaining: int | None = None
-    is_refunded: bool | None = None
-    error: str | None = None
-    fingerprint: str = field(default="", repr=False)
-    receipt: dict[str, Any] | None = field(default=None, repr=False, eq=False)
-    answer: dict[str, Any] | None = field(default=None, repr=False, eq=False)
-    stale_at: float = field(default=0.0, repr=False)
-    owner: str = field(default="", repr=False)
+__all__ = ["AttemptState", "Claim", "Journal", "JournalEntry", "resolve_journal"]
 
 
 @frozen
@@ -123,7 +53,9 @@ class Claim:
 class Journal:
     """A durable record of paid work, in one file that many processes may share.
 
-    Every method takes a lock and may wait for the disk: async code calls them in a worker thread.
+    Every method takes a lock and may wait for the disk: async code calls them in a worker thread. Threads may share
+    one, several may be open on one file, and a forked child may go on with its parent's. Leave the file itself to it: a
+    program that opens and closes the file under an open journal, if only to copy it, takes the journal's locks away.
 
     Args:
         path: The file; made, readable by its owner alone, if it is not there.
@@ -135,7 +67,8 @@ class Journal:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         from . import _database  # SQLite is loaded by those who keep a journal
 
-        self._path = Path(path)
+        # The program may change its folder, and SQLite gives ":memory:" a meaning of its own.
+        self._path = Path(path).absolute()
         self._file = _database
         self._database = _database.Database(self._path)
 
@@ -171,7 +104,7 @@ class Journal:
             if key is not None:
                 query += " AND key = ?"
                 values.append(key)
-            return [_entry(row) for row in db.execute(query + " ORDER BY created_at, rowid", values)]
+            return [read_entry(row) for row in db.execute(query + " ORDER BY rowid", values)]
 
     def claim(
         self,
@@ -209,14 +142,13 @@ class Journal:
         with self._database.transaction() as db:
             if key is not None:
                 self._sweep(db, key)
-                row = db.execute(
-                    "SELECT * FROM attempts WHERE key = ? ORDER BY created_at DESC, rowid DESC LIMIT 1", (key,)
-                ).fetchone()
-                if row is not None:
-                    entry = _entry(row)
-                    if not _is_free(entry):
-                        self._check_same(entry, fingerprint, account, base_url)
-                        return Claim(entry, is_ours=False)
+                rows = db.execute("SELECT * FROM attempts WHERE key = ? ORDER BY rowid DESC", (key,))
+                counting = [entry for entry in map(read_entry, rows) if not is_free(entry)]
+                if counting:
+                    # There are two if one was given up as not charged, and then accepted after all.
+                    entry = next((entry for entry in counting if entry.task_id is not None), counting[0])
+                    self._check_same(entry, fingerprint, account, base_url)
+                    return Claim(entry, is_ours=False)
             reserve()
             attempt = secrets.token_hex(8)
             db.execute(
@@ -239,7 +171,9 @@ class Journal:
                     now,
                 ),
             )
-            return Claim(_entry(db.execute("SELECT * FROM attempts WHERE id = ?", (attempt,)).fetchone()), is_ours=True)
+            return Claim(
+                read_entry(db.execute("SELECT * FROM attempts WHERE id = ?", (attempt,)).fetchone()), is_ours=True
+            )
 
     def sending(self, attempt: str) -> None:
         """Write SENDING down: the first byte may leave when this has returned, and not before.
@@ -247,11 +181,27 @@ class Journal:
         Raises:
             JournalError: It could not be written, or the attempt has been taken over: nothing may be sent.
         """
-        self._move(attempt, AttemptState.SENDING, from_=(AttemptState.INTENT,))
+        with self._database.transaction() as db:
+            self._move(db, attempt, AttemptState.SENDING, from_=(AttemptState.INTENT,))
+            paid = db.execute(
+                "SELECT other.task_id FROM attempts AS this JOIN attempts AS other ON other.key = this.key"
+                " WHERE this.id = ? AND other.id != this.id AND other.state IN (?, ?)",
+                (attempt, *(state.value for state in PAID)),
+            ).fetchone()
+            if paid is not None:
+                raise JournalError(
+                    f"Task {paid[0]} of the same key turned out to be accepted after all. Nothing was sent: submit it "
+                    "again to take that task up."
+                )
 
     def send_again(self, attempt: str) -> None:
-        """Write INTENT down again, for an attempt that was refused for its haste or never sent."""
-        self._move(attempt, AttemptState.INTENT, from_=(AttemptState.SENDING, AttemptState.INTENT))
+        """Write INTENT down again, for an attempt that was refused for its haste or never sent.
+
+        Raises:
+            JournalError: As for `sending`.
+        """
+        with self._database.transaction() as db:
+            self._move(db, attempt, AttemptState.INTENT, from_=(AttemptState.SENDING, AttemptState.INTENT))
 
     def accepted(self, attempt: str, submission: Submission) -> None:
         """Write the task id down, before anybody hears of it.
@@ -259,24 +209,40 @@ class Journal:
         Raises:
             JournalError: It could not be written: whoever calls must not lose the id.
         """
-        # From any state: a process that was taken for dead and comes back with an id knows more than whoever took over.
-        self._move(
-            attempt,
-            AttemptState.ACCEPTED,
-            from_=tuple(AttemptState),
-            task_id=submission.task_id,
-            credits_used=submission.credits_used,
-            credits_remaining=submission.credits_remaining,
-            receipt=json.dumps(dict(submission.raw)),
-            error=None,
-        )
+        with self._database.transaction() as db:
+            # From any state: a process that was taken for dead and comes back with an id knows more than whoever took
+            # over, or settled the attempt by hand.
+            self._move(
+                db,
+                attempt,
+                AttemptState.ACCEPTED,
+                from_=tuple(AttemptState),
+                task_id=submission.task_id,
+                credits_used=submission.credits_used,
+                credits_remaining=submission.credits_remaining,
+                receipt=json.dumps(dict(submission.raw)),
+                answer=None,
+                is_refunded=None,
+                error=None,
+            )
 
     def ended(self, attempt: str, state: AttemptState, error: str | None = None) -> None:
-        """Write down that an attempt came to nothing: REJECTED, NOT_SENT, UNKNOWN or FAILED."""
-        self._move(attempt, state, from_=(AttemptState.INTENT, AttemptState.SENDING), error=error)
+        """Write down that an attempt came to nothing: REJECTED, NOT_SENT, UNKNOWN or FAILED.
+
+        Raises:
+            JournalError: It could not be written: what stands there errs to the safe side.
+        """
+        with self._database.transaction() as db:
+            # UNKNOWN is what a process that was taken for dead finds, and it knows better.
+            from_ = (AttemptState.INTENT, AttemptState.SENDING, AttemptState.UNKNOWN)
+            self._move(db, attempt, state, from_=from_, error=error)
 
     def finished(self, state: TaskState) -> None:
-        """Write down how a task ended, with the service's answer."""
+        """Write down how a task ended, with the service's answer. The first end counts.
+
+        Raises:
+            JournalError: It could not be written: the task can be looked at again.
+        """
         to = AttemptState.COMPLETED if state.status == STATUS_COMPLETED else AttemptState.FAILED
         with self._database.transaction() as db:
             db.execute(
@@ -302,9 +268,11 @@ class Journal:
                 willing to pay again: the attempt is ABANDONED, and its key may be submitted anew.
 
         Raises:
-            InvalidRequestError: There is no such attempt, or it is not UNKNOWN.
+            InvalidRequestError: There is no such attempt, it is not UNKNOWN, or the task id cannot be its.
             JournalError: It could not be written.
         """
+        if task_id is not None:
+            check_task_id(task_id)
         with self._database.transaction() as db:
             self._sweep(db)
             row = db.execute("SELECT * FROM attempts WHERE id = ?", (attempt,)).fetchone()
@@ -314,40 +282,58 @@ class Journal:
                 raise InvalidRequestError(
                     f"Attempt {attempt} is {row['state']}, and only an unknown one can be resolved."
                 )
+            other = db.execute("SELECT id FROM attempts WHERE task_id = ?", (task_id,)).fetchone()
+            if other is not None:
+                raise InvalidRequestError(f"Task {task_id} is that of attempt {other[0]} already.")
             state = AttemptState.ABANDONED if task_id is None else AttemptState.ACCEPTED
             db.execute(
                 "UPDATE attempts SET state = ?, task_id = ?, updated_at = ? WHERE id = ?",
                 (state.value, task_id, time.time(), attempt),
             )
-            return _entry(db.execute("SELECT * FROM attempts WHERE id = ?", (attempt,)).fetchone())
+            return read_entry(db.execute("SELECT * FROM attempts WHERE id = ?", (attempt,)).fetchone())
 
     def prune(self, *, older_than: float) -> int:
         """Forget what ended more than `older_than` seconds ago; what is unknown or still paid for and waiting stays.
 
         Returns:
             How many attempts were forgotten. Their keys may be paid for again.
+
+        Raises:
+            InvalidRequestError: The time is not 0 or more.
+            JournalError: It could not be written.
         """
-        ends = [s.value for s in (*_FREE, AttemptState.COMPLETED, AttemptState.FAILED)]
+        if not older_than >= 0:
+            raise InvalidRequestError(f"A time to keep is 0 seconds or more, not {older_than!r}.")
+        ends = [state.value for state in (*FREE, AttemptState.COMPLETED, AttemptState.FAILED)]
         with self._database.transaction() as db:
             cursor = db.execute(
-                f"DELETE FROM attempts WHERE updated_at < ? AND state IN ({', '.join('?' * len(ends))})",  # noqa: S608
+                f"DELETE FROM attempts WHERE updated_at <= ? AND state IN ({', '.join('?' * len(ends))})",  # noqa: S608
                 (time.time() - older_than, *ends),
             )
             return cursor.rowcount
 
-    def _move(self, attempt: str, to: AttemptState, *, from_: Sequence[AttemptState], **values: Any) -> None:
+    def _move(
+        self,
+        db: sqlite3.Connection,
+        attempt: str,
+        to: AttemptState,
+        *,
+        from_: Sequence[AttemptState],
+        **values: Any,
+    ) -> None:
         columns = "".join(f", {name} = ?" for name in values)
-        with self._database.transaction() as db:
-            cursor = db.execute(
-                f"UPDATE attempts SET state = ?, updated_at = ?{columns}"  # noqa: S608 - the names are this module's own
-                f" WHERE id = ? AND state IN ({', '.join('?' * len(from_))})",
-                (to.value, time.time(), *values.values(), attempt, *(state.value for state in from_)),
+        now = time.time()
+        # `updated_at` on the right is the old one: each step begins the attempt's time anew.
+        cursor = db.execute(
+            f"UPDATE attempts SET state = ?, stale_at = stale_at - updated_at + ?, updated_at = ?{columns}"  # noqa: S608 - the names are this module's own
+            f" WHERE id = ? AND state IN ({', '.join('?' * len(from_))})",
+            (to.value, now, now, *values.values(), attempt, *(state.value for state in from_)),
+        )
+        if cursor.rowcount != 1:
+            raise JournalError(
+                f"Attempt {attempt} in the journal {self._path} is no longer as this process left it: it was taken for "
+                f"dead after its time limit, or settled by hand. It did not become {to.value}."
             )
-            if cursor.rowcount != 1:
-                raise JournalError(
-                    f"Attempt {attempt} is no longer this process's own: it was taken for dead after its time limit. "
-                    "Nothing was sent for it since."
-                )
 
     def _check_same(self, entry: JournalEntry, fingerprint: str, account: str, base_url: str) -> None:
         what = (
@@ -367,25 +353,25 @@ class Journal:
 
     def _sweep(self, db: sqlite3.Connection, key: str | None = None) -> None:
         """Read what dead processes left behind: INTENT was never sent, SENDING may have been charged."""
-        running = (AttemptState.INTENT.value, AttemptState.SENDING.value)
-        query = "SELECT id, state, owner, stale_at FROM attempts WHERE state IN (?, ?)"
-        values: tuple[Any, ...] = running
+        query = "SELECT * FROM attempts WHERE state IN (?, ?)"
+        values: list[Any] = [AttemptState.INTENT.value, AttemptState.SENDING.value]
         if key is not None:
-            query, values = query + " AND key = ?", (*running, key)
+            query += " AND key = ?"
+            values.append(key)
         now = time.time()
-        for row in db.execute(query, values).fetchall():
-            if row["stale_at"] < now or not self._file.is_alive(row["owner"]):
-                was_sent = row["state"] == AttemptState.SENDING.value
-                db.execute(
-                    "UPDATE attempts SET state = ?, error = ?, updated_at = ? WHERE id = ? AND state = ?",
-                    (
-                        (AttemptState.UNKNOWN if was_sent else AttemptState.NOT_SENT).value,
-                        "the process ended before an answer was written down" if was_sent else None,
-                        now,
-                        row["id"],
-                        row["state"],
-                    ),
-                )
+        for entry in map(read_entry, db.execute(query, values).fetchall()):
+            if entry.stale_at >= now and self._file.is_alive(entry.owner):
+                continue
+            was_sent = entry.state is AttemptState.SENDING
+            db.execute(
+                "UPDATE attempts SET state = ?, error = ?, updated_at = ? WHERE id = ?",
+                (
+                    (AttemptState.UNKNOWN if was_sent else AttemptState.NOT_SENT).value,
+                    "the process ended before an answer was written down" if was_sent else None,
+                    now,
+                    entry.id,
+                ),
+            )
 
 
 def resolve_journal(journal: Journal | str | os.PathLike[str] | None) -> Journal | None:
@@ -395,41 +381,3 @@ def resolve_journal(journal: Journal | str | os.PathLike[str] | None) -> Journal
         JournalError: It cannot be used.
     """
     return Journal(journal) if journal is not None and not isinstance(journal, Journal) else journal
-
-
-def _is_free(entry: JournalEntry) -> bool:
-    """Say whether the key of an attempt may be paid for again, because nothing was, or it was all given back."""
-    if entry.state is AttemptState.FAILED:
-        # Without a task id it was an HTTP 500 GENERATION_FAILED, which the API page calls refunded.
-        return entry.task_id is None or entry.is_refunded is True
-    return entry.state in _FREE
-
-
-def _entry(row: sqlite3.Row) -> JournalEntry:
-    """Read a row; what another program may have written into it is checked again."""
-    try:
-        return JournalEntry(
-            id=row["id"],
-            state=AttemptState(row["state"]),
-            key=row["key"],
-            fingerprint=row["fingerprint"],
-            account=row["account"],
-            base_url=row["base_url"],
-            endpoint=row["endpoint"],
-            prompts=tuple(map(str, json.loads(row["prompts"]))),
-            settings=dict(json.loads(row["settings"])),
-            expected_credits=row["expected_credits"],
-            owner=row["owner"],
-            stale_at=row["stale_at"],
-            created_at=row["created_at"],
-            updated_at=row["updated_at"],
-            task_id=row["task_id"],
-            credits_used=row["credits_used"],
-            credits_remaining=row["credits_remaining"],
-            receipt=json.loads(row["receipt"]) if row["receipt"] else None,
-            answer=json.loads(row["answer"]) if row["answer"] else None,
-            is_refunded=None if row["is_refunded"] is None else bool(row["is_refunded"]),
-            error=row["error"],
-        )
-    except (ValueError, TypeError, KeyError, IndexError, RecursionError) as error:
-        raise JournalError(f"The journal holds a row that this package did not write ({error}).") from error

@@ -3,13 +3,16 @@
 The order is the promise. Credits are reserved and the attempt is written down (INTENT); a fresh connection is made; the
 attempt is written down again at the last moment before its first byte (SENDING); the answer is read, its task id is
 written down (ACCEPTED), and only then does anybody hear of it. All of it runs in a task that the caller's cancellation
-does not reach. What must never live here: a JSON key, HTTP, a rule about what may be sent again (`_policy`).
+does not reach once a byte may have left. What must never live here: a JSON key, HTTP, a rule about what may be sent
+again (`_policy`).
 """
 
 from __future__ import annotations
 
 import itertools
 import logging
+import ssl
+import sys
 import time
 from collections.abc import Awaitable, Callable
 from random import Random
@@ -111,13 +114,10 @@ class Submits:
                 for difference in differences(request, paid.submission):
                     logger.warning("%s", difference)
                     await self.emit(difference)
+        except (JournalError, SubmissionUnknownError):
+            raise  # they carry what is known
         except BaseException:
-            if submit.submission is not None:
-                logger.warning(
-                    "Interrupted after task %s was accepted: it is paid for and goes on; task(%r).wait() takes it up.",
-                    submit.submission.task_id,
-                    submit.submission.task_id,
-                )
+            submit.warn()
             raise
         return paid
 
@@ -143,6 +143,19 @@ class Submits:
                 logger.warning("The end of task %s was not written down: %s", state.task_id, error)
 
 
+@define
+class Stake:
+    """What work and whoever waits for it tell each other.
+
+    Attributes:
+        is_held: Whether the work has begun something that must not be broken off; the work says so.
+        is_stopped: Whether nobody waits for the work any more: it is to begin nothing new.
+    """
+
+    is_held: bool = False
+    is_stopped: bool = False
+
+
 class _Submit:
     """One call of `Submits.submit`."""
 
@@ -151,25 +164,44 @@ class _Submit:
         self._journal = submits.journal
         self._call = call
         self._request = request
+        self._stake = Stake()
         self._attempt: str | None = None
         self._reservation: Reservation | None = None
         self._sent_at: float | None = None
+        self._refusal: ConceptVizError | None = None
+        self._is_unknown = False
         self.submission: Submission | None = None
 
-    async def run(self, stop: anyio.Event) -> Paid:
-        """Submit, again and again where that is safe, until it is paid, refused or unknown, or `stop` is set."""
+    async def run(self, stake: Stake) -> Paid:
+        """Submit, again and again where that is safe, until it is paid, refused or unknown, or is to stop."""
+        self._stake = stake
         try:
-            known = await self._begin(stop)
+            known = await self._begin()
             if known is not None:
                 return known
-            submission = await self._send(stop)
+            submission = await self._send()
         except BaseException as error:
             with anyio.CancelScope(shield=True):
-                await self._give_up(error)
+                # What ends the pause after a refusal changes nothing about the refusal.
+                await self._give_up(self._refusal or error)
             raise
         return Paid(submission, reservation=self._reservation)
 
-    async def _begin(self, stop: anyio.Event) -> Paid | None:
+    def warn(self) -> None:
+        """Tell the log what an interrupted caller does not hear."""
+        if self.submission is not None:
+            logger.warning(
+                "Interrupted after task %s was accepted: it is paid for and goes on; task(%r).wait() takes it up.",
+                self.submission.task_id,
+                self.submission.task_id,
+            )
+        elif self._is_unknown:
+            logger.warning(
+                "Interrupted after a submit was sent and before its answer was read: it may have been charged%s.",
+                f" (attempt {self._attempt} in the journal)" if self._attempt else "",
+            )
+
+    async def _begin(self) -> Paid | None:
         """Reserve the credits and write INTENT down, unless the key's work is paid for already."""
         if self._journal is None:
             self._reserve()
@@ -183,8 +215,7 @@ class _Submit:
             known = _recall(claim.entry)
             if known is not None:
                 return known
-            if await _is_set(stop, _JOURNAL_PAUSE):
-                raise NotSentError("Stopped while another submit of the same key was under way. Nothing was sent.")
+            await anyio.sleep(_JOURNAL_PAUSE)
 
     def _reserve(self) -> None:
         budget = self._submits.budget
@@ -192,7 +223,7 @@ class _Submit:
             self._reservation = budget.reserve(self._request.expected_credits)
 
     def _claim(self, journal: Journal, sha256: str) -> Claim:
-        submits, request = self._submits, self._request
+        submits, request, retries = self._submits, self._request, self._submits.retries
         return journal.claim(
             key=request.key,
             fingerprint=sha256,
@@ -202,25 +233,25 @@ class _Submit:
             prompts=request.prompts,
             settings=request.settings,
             expected_credits=request.expected_credits,
-            # One exchange and a pause before the next; each attempt begins the time anew.
-            seconds=submits.timeout + submits.retries.max_retry_after + submits.retries.max_delay + GRACE,
+            seconds=retries.attempts * (submits.timeout + max(retries.max_retry_after, retries.max_delay)) + GRACE,
             reserve=self._reserve,
         )
 
-    async def _send(self, stop: anyio.Event) -> Submission:
+    async def _send(self) -> Submission:
         for number in itertools.count(1):
-            self._sent_at = None
             try:
                 submission = await self._submits.transport.submit(self._call, self._request, self._before_first_byte)
-            except ConceptVizError as error:
+            except ConceptVizError as error:  # noqa: PERF203 - a try is what an attempt is
                 delay = retry_delay(error, number, self._submits.retries, self._submits.rng, spends=True)
-                if delay is None:
+                if delay is None or self._stake.is_stopped or isinstance(error.__cause__, ssl.SSLError):
                     raise
+                self._refusal = error
+                self._stake.is_held = False
                 await self._submits.emit(Retrying(task_id=None, attempt=number, delay=delay, error=error))
-                if await _is_set(stop, delay):
-                    raise
+                await anyio.sleep(delay)
                 if self._journal is not None and self._attempt is not None:
                     await to_thread.run_sync(self._journal.send_again, self._attempt)
+                self._refusal = self._sent_at = None
             else:
                 await self._accept(submission)
                 return submission
@@ -228,6 +259,9 @@ class _Submit:
 
     async def _before_first_byte(self) -> None:
         """Write SENDING down. If that fails no byte has left, and none will."""
+        if self._stake.is_stopped:
+            raise NotSentError("Stopped at the last moment before it was sent. Nothing was spent.")
+        self._stake.is_held = True
         if self._journal is not None and self._attempt is not None:
             await to_thread.run_sync(self._journal.sending, self._attempt)
         self._sent_at = time.time()
@@ -241,7 +275,7 @@ class _Submit:
         if self._journal is not None and self._attempt is not None:
             try:
                 await to_thread.run_sync(self._journal.accepted, self._attempt, submission)
-            except JournalError as error:
+            except Exception as error:  # whatever it is, the id must not be lost
                 logger.error(  # noqa: TRY400 - the sentence says it all, and holds the id
                     "Task %s is paid for, and could not be written into the journal: keep this id. %s",
                     submission.task_id,
@@ -265,18 +299,23 @@ class _Submit:
             error.credits_remaining = self._submits.credits_remaining
         if isinstance(error, InsufficientCreditsError) and error.credits_remaining is not None:
             self._submits.credits_remaining = error.credits_remaining
-        if isinstance(error, GenerationFailedError):
+        if isinstance(error, SubmissionUnknownError):
+            state = AttemptState.UNKNOWN
+        elif isinstance(error, GenerationFailedError):
             state = AttemptState.FAILED
         elif isinstance(error, ConceptVizError) and error.credits is Credits.NOT_SPENT:
             is_unsent = self._sent_at is None or isinstance(error, NotSentError)
             state = AttemptState.NOT_SENT if is_unsent else AttemptState.REJECTED
         else:
             state = AttemptState.UNKNOWN if self._sent_at is not None else AttemptState.NOT_SENT
+        self._is_unknown = state is AttemptState.UNKNOWN
         if self._reservation is not None and state in {AttemptState.NOT_SENT, AttemptState.REJECTED}:
             self._reservation.release()
         if self._journal is not None and self._attempt is not None:
+            # The text of a cancellation says nothing to a reader, and that of a hook's error may say too much.
+            reason = str(error)[:1000] if isinstance(error, ConceptVizError) else f"stopped ({type(error).__name__})"
             try:
-                await to_thread.run_sync(self._journal.ended, self._attempt, state, str(error)[:1000])
+                await to_thread.run_sync(self._journal.ended, self._attempt, state, reason)
             except JournalError as failure:
                 # What stands there is read rightly all the same: INTENT was not sent, SENDING may have been charged.
                 logger.warning("The end of attempt %s was not written down: %s", self._attempt, failure)
@@ -305,35 +344,32 @@ def _recall(entry: JournalEntry) -> Paid | None:
     return Paid(read_receipt(entry.task_id, entry.prompts, entry.receipt or {}), is_new=False, end=end)
 
 
-async def _is_set(stop: anyio.Event, seconds: float) -> bool:
-    """Wait for `stop`, at most so long, and say whether it is set."""
-    with anyio.move_on_after(seconds):
-        await stop.wait()
-    return stop.is_set()
-
-
-async def to_the_end(work: Callable[[anyio.Event], Awaitable[T]], grace: float = GRACE) -> T:
-    """Run `work` in a task of its own, which the cancellation of this one does not reach.
+async def to_the_end(work: Callable[[Stake], Awaitable[T]]) -> T:
+    """Run `work` in a task of its own, which the cancellation of this one does not reach while something is at stake.
 
     A shielded scope around the work would not do: the event loop's own cancellation, which is what `asyncio.wait_for`,
     `Task.cancel` and the first Ctrl-C use, goes through it. It is the waiting that is cancelled here, not the work.
-    When it is, `work` is told by its event to begin nothing new, and is given `grace` seconds to finish what it began.
+    When it is, work that holds nothing is cancelled with it; else it is given `GRACE` seconds to finish what it began.
     """
-    stop, done = anyio.Event(), anyio.Event()
+    stake, done = Stake(), anyio.Event()
     shield = anyio.CancelScope(shield=True)
     values: list[T] = []
     errors: list[BaseException] = []
 
     async def run() -> None:
-        with shield:
-            try:
-                values.append(await work(stop))
-            except anyio.get_cancelled_exc_class():
-                raise
-            except BaseException as error:  # noqa: BLE001 - SystemExit of a hook too belongs to the caller
-                errors.append(error)
-        done.set()
+        try:
+            with shield:
+                try:
+                    values.append(await work(stake))
+                except BaseException as error:  # noqa: BLE001 - SystemExit of a hook too belongs to the caller
+                    errors.append(error)
+        finally:
+            done.set()
 
+    trio = sys.modules.get("trio")
+    if trio is not None:
+        # Its Ctrl-C is raised in whatever is running, which could be in the middle of reading an answer.
+        run = trio.lowlevel.enable_ki_protection(run)
     interruption: BaseException | None = None
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(run)
@@ -341,12 +377,22 @@ async def to_the_end(work: Callable[[anyio.Event], Awaitable[T]], grace: float =
             await done.wait()
         except BaseException as error:  # noqa: BLE001 - it is raised below, when the work has ended
             interruption = error
-            stop.set()
-            with anyio.CancelScope(shield=True), anyio.move_on_after(grace):
-                await done.wait()
-            shield.cancel()
+            stake.is_stopped = True
+            shield.deadline = anyio.current_time() + (GRACE if stake.is_held else 0.0)
+            with anyio.CancelScope(shield=True):
+                while not done.is_set():
+                    try:
+                        await done.wait()
+                    except anyio.get_cancelled_exc_class():  # noqa: PERF203 - a loop of two turns
+                        pass  # to be cancelled once more, by the event loop itself, changes nothing
+                    except BaseException as error:  # noqa: BLE001 - a second Ctrl-C on trio: that ends it at once
+                        interruption = error
+                        shield.cancel()
     if interruption is not None:
         raise interruption
     if errors:
-        raise errors[0]
+        raised = errors[0]
+        while len(inner := tuple(getattr(raised, "exceptions", ()))) == 1:
+            raised = inner[0]  # trio's Ctrl-C comes in a group when it meets a task of the HTTP library's own
+        raise raised
     return values[0]

