@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import re
-import shlex
 import signal
 import subprocess
 import sys
@@ -21,45 +20,27 @@ from pathlib import Path
 from typing import IO, Any
 
 import pytest
+from cli_helpers import AT_ONCE, QUICK, advised, move_in, reach, start, wait_for_submit
 
 import conceptviz
-from conceptviz import ConceptViz, ConceptVizError, Polling, Retries, _errors
+from conceptviz import ConceptViz, ConceptVizError, Journal, _errors
 from conceptviz.cli import _exits, _work, main
-from conceptviz.cli._app import set_id_apart
+from conceptviz.cli._task_ids import set_id_apart
 from conceptviz.simulator import Simulator, render_tiny
 
 REFERENCE = Path(__file__).parents[1] / "docs" / "reference" / "command-line.md"
-QUICK = Polling(min_interval=0.01, max_interval=0.02, first_look=0.01, max_failures=3)
-AT_ONCE = Retries(base_delay=0.001, max_delay=0.002)
-
 ERRORS = [value for value in vars(_errors).values() if isinstance(value, type) and issubclass(value, ConceptVizError)]
 
 
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder to stand in, and no configuration."""
-    monkeypatch.chdir(tmp_path)
-    for name in ("CONCEPTVIZ_API_KEY", "CONCEPTVIZ_BASE_URL", "FORCE_COLOR", "NO_COLOR"):
-        monkeypatch.delenv(name, raising=False)
-    return tmp_path
+    return move_in(tmp_path, monkeypatch)
 
 
 @pytest.fixture
 def use(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Simulator]:
     """Let a simulator be the service that the commands reach."""
-
-    def use(simulator: Simulator, api_key: str | None = None) -> Simulator:
-        client = partial(
-            ConceptViz,
-            api_key or simulator.api_key,
-            transport=simulator.transport(),
-            polling=QUICK,
-            retries=AT_ONCE,
-        )
-        monkeypatch.setattr(_work, "ConceptViz", client)
-        return simulator
-
-    return use
+    return partial(reach, monkeypatch=monkeypatch)
 
 
 @pytest.fixture
@@ -77,12 +58,6 @@ def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[Simulator]:
         yield simulator
 
 
-def start(*args: str, **options: Any) -> subprocess.Popen[str]:
-    """Start the command line in a process of its own."""
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options}
-    return subprocess.Popen([sys.executable, "-m", "conceptviz", *args], **options)
-
-
 def no_reader() -> IO[str]:
     """A pipe whose reader has gone."""
     read, write = os.pipe()
@@ -91,10 +66,8 @@ def no_reader() -> IO[str]:
 
 
 def advice(err: str) -> list[str]:
-    """The command that a message advises to run, as `main` takes it."""
-    command = shlex.split(err.rpartition("Take it up again, at no further cost:\n")[2].splitlines()[0])
-    assert command[0] == "conceptviz"
-    return command[1:]
+    """The command that a message advises to take a task up again."""
+    return advised(err.rpartition("Take it up again, at no further cost:\n")[2].partition("\n")[0])
 
 
 def test_generate_prints_the_path_of_a_diagram(service: Simulator, capsys: pytest.CaptureFixture[str]) -> None:
@@ -314,6 +287,8 @@ FAILURES: dict[str, tuple[Callable[[], Simulator], list[str], int, bool]] = {
         True,
     ),
     "image lost": (lambda: refused(made(), "image", status=500), GENERATE, 9, True),
+    "over budget": (made, [*GENERATE, "--budget", "1"], 11, False),
+    "no journal": (made, [*GENERATE, "--journal", "."], 12, False),
     "model unknown": (made, ["generate", "x", "--model", "cv-9"], 21, False),
     "blocked": (made, ["generate", "[sim:blocked]"], 22, False),
     "image refused": (
@@ -345,7 +320,7 @@ def test_every_failure_is_a_sentence_and_a_code(
     assert out == ""
     assert re.search(r"^Error: ['\w].*\.$", err, re.MULTILINE), err
     assert simulator.api_key not in err
-    for python in ("Traceback", "task(", "wait()", "overwrite=", "api_key=", "Unchecked"):
+    for python in ("Traceback", "task(", "wait()", "overwrite=", "api_key=", "Unchecked", "Journal."):
         assert python not in err
     assert ("Take it up again" in err) == lives_on
     if lives_on:
@@ -358,8 +333,6 @@ def test_every_failure_is_a_sentence_and_a_code(
 def test_the_failures_cover_every_class() -> None:
     """All but the two that are only raised as one of their subclasses."""
     abstract = {_exits.EXIT_CODES[kind] for kind in (ConceptVizError, conceptviz.APIStatusError)}
-    # No command keeps a journal or a budget yet.
-    abstract |= {_exits.EXIT_CODES[kind] for kind in (conceptviz.BudgetExceededError, conceptviz.JournalError)}
     assert {code for _, _, code, _ in FAILURES.values()} | abstract == set(_exits.EXIT_CODES.values())
 
 
@@ -385,11 +358,18 @@ def test_the_reference_lists_every_exit_code() -> None:
 
 def test_the_reference_lists_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     page = REFERENCE.read_text("utf-8")
-    for command in ("generate", "edit", "status", "wait", "estimate", "simulator"):
-        assert main([command, "--help"]) == 0
+    journal = [f"journal {command}" for command in ("list", "resume", "resolve", "prune")]
+    for command in ("generate", "edit", "status", "wait", "estimate", *journal, "simulator"):
+        assert main([*command.split(), "--help"]) == 0
         section = page.partition(f"## `{command}`")[2].partition("\n## ")[0]
-        for option in set(re.findall(r"--[a-z-]+", capsys.readouterr().out)) - {"--help"}:
+        options = re.findall(r"^  (?:-\w, )?(--[a-z-]+)", capsys.readouterr().out, re.MULTILINE)
+        assert options.pop() == "--help"
+        for option in options:
             assert option in section, f"{command} {option}"
+
+
+def full_disk(*_: object) -> None:
+    raise conceptviz.JournalError("The disk is full.")
 
 
 def test_advice_in_python_is_put_in_a_shells_words(
@@ -399,11 +379,12 @@ def test_advice_in_python_is_put_in_a_shells_words(
     said: list[str] = []
     in_shell_words = _exits.in_shell_words
 
-    def overhear(error: Exception) -> str:
+    def overhear(error: Exception | str) -> str:
         said.append(str(error))
         return in_shell_words(error)
 
     monkeypatch.setattr("conceptviz.cli._app.in_shell_words", overhear)
+    monkeypatch.setattr("conceptviz.cli._report.in_shell_words", overhear)
     main(["generate", "x", "--quality", "4k"])
     main(["generate", "x", "-o", "a.png"])
     main(["generate", "[sim:slow]", "--timeout", "0.05"])
@@ -412,6 +393,13 @@ def test_advice_in_python_is_put_in_a_shells_words(
     path = Path(capsys.readouterr().out.strip())
     path.write_bytes(b"something else")
     main(["wait", path.stem[:-2]])
+    main(["generate", "x", "--model", "cv-9", "--budget", "9"])
+    service.faults.add("submit", close=True)
+    main(["generate", "x", "--key", "lost"])
+    main(["generate", "x", "--key", "lost"])
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "accepted", full_disk)
+        main(["generate", "x"])
     service.faults.add("submit", status=401, body={"error": "No header", "code": "UNAUTHORIZED"})
     main(["generate", "x"])
     monkeypatch.setattr(_work, "ConceptViz", ConceptViz)
@@ -427,6 +415,14 @@ def test_advice_in_python_is_put_in_a_shells_words(
         ["generate", "x", "--timeout", "0"],
         ["generate", "x", "--timeout", "nan"],
         ["generate", "x", "--timeout", "inf"],
+        ["generate", "x", "--budget", "some"],
+        ["generate", "x", "--budget", "-1"],
+        ["generate", "x", "--key", "a", "--no-journal"],
+        ["edit", "x", "https://example.com/a.png", "--journal", "a", "--no-journal"],
+        ["journal", "resolve"],
+        ["journal", "resolve", "a", "--retry", "--task-id", "b"],
+        ["journal", "prune"],
+        ["journal", "prune", "--older-than", "-1"],
         ["generate"],
         ["edit", "x"],
         ["status"],
@@ -478,11 +474,13 @@ def test_estimate_refuses_what_has_no_price(capsys: pytest.CaptureFixture[str]) 
     assert "no price" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("args", [["--help"], ["--version"], ["generate", "--help"], ["estimate", "3"]])
+@pytest.mark.parametrize(
+    "args", [["--help"], ["--version"], ["generate", "--help"], ["journal", "list", "--help"], ["estimate", "3"]]
+)
 def test_what_needs_no_service_starts_without_http(args: list[str]) -> None:
     code = (
         "import sys; from conceptviz.cli import main; "
-        f"assert main({args!r}) == 0; assert not {{'httpx', 'anyio', 'PIL'}} & set(sys.modules)"
+        f"assert main({args!r}) == 0; assert not {{'httpx', 'anyio', 'PIL', 'sqlite3'}} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
 
@@ -659,15 +657,6 @@ def test_ctrl_c_while_waiting_says_how_to_take_the_task_up(
     assert served.ledger.submissions == 1
 
 
-def wait_for_submit(simulator: Simulator) -> None:
-    """Wait until a submit has arrived and is being answered."""
-    for _ in range(1000):
-        if simulator.requests["submit"] or simulator.ledger.submissions:
-            return
-        threading.Event().wait(0.01)
-    pytest.fail("no submit came")
-
-
 def test_ctrl_c_during_a_submit_waits_for_its_answer(served: Simulator) -> None:
     """The answer names the task that has been paid for."""
     served.faults.add("submit", delay=1.0)
@@ -690,7 +679,8 @@ def test_a_second_ctrl_c_does_not_wait(served: Simulator) -> None:
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=20)
     assert process.returncode == 130
-    assert err == "Stopped before the service had answered: the request may have been accepted and charged.\n"
+    stopped = "Stopped before the service had answered: the request may have been accepted and charged."
+    assert err == f"{stopped} What is known of it:\n  conceptviz journal list\n"
 
 
 @pytest.mark.parametrize(("simulated", "sentence"), [(True, "nothing was charged"), (False, "Nothing was sent")])
@@ -701,7 +691,7 @@ def test_ctrl_c_before_a_submit(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def interrupted(_: object) -> None:
+    def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(_work, "open_client", interrupted)

@@ -44,6 +44,8 @@ def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, simulator_url: tuple
     base_url, api_key = simulator_url
     monkeypatch.setenv("CONCEPTVIZ_BASE_URL", base_url)
     monkeypatch.setenv("CONCEPTVIZ_API_KEY", api_key)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))  # the command line's journal: never the user's
+    monkeypatch.delenv("CONCEPTVIZ_JOURNAL", raising=False)
     monkeypatch.chdir(tmp_path)
     quick = Polling(min_interval=0.05, max_interval=0.1, first_look=0.05)
     for client in (AsyncConceptViz, ConceptViz):

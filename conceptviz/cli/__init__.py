@@ -1,7 +1,9 @@
 """The command line: `conceptviz generate "the water cycle"`.
 
     _app       the commands and their options
+    _task_ids  ids that look like options
     _work      what they do: a client, a task, files, lines on stdout
+    _journal   the commands about what is known of paid work
     _report    what is said meanwhile, on stderr
     _exits     the exit code of every error, and its sentence in a shell's words
 

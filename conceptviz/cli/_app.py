@@ -12,36 +12,23 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
-from typer.core import TyperCommand
 
 from .. import __version__
-from .._errors import (
-    ConceptVizError,
-    GenerationFailedError,
-    InvalidRequestError,
-    ModerationBlockedError,
-    TaskNotFoundError,
-)
-from .._spec import TASK_ID_CHARACTERS
-from ._exits import DONE, INTERRUPTED, OTHER, READER_GONE, USAGE, exit_code, in_shell_words
+from .._errors import ConceptVizError
+from ._exits import DONE, INTERRUPTED, OTHER, READER_GONE, USAGE, in_shell_words
+from ._task_ids import TaskCommand
 
 if TYPE_CHECKING:
     from .. import ConceptViz, Task
     from ._report import Report
 
-# After these, there is nothing to take up again.
-_ENDED = (GenerationFailedError, ModerationBlockedError, InvalidRequestError)
-
 _URL = re.compile(r"https?://|data:", re.IGNORECASE)
-
-# Seen in the field: ids have this length, and may begin with a dash.
-_TASK_ID_LENGTH = 21
 
 app = typer.Typer(
     name="conceptviz",
@@ -54,6 +41,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+journal_app = typer.Typer(
+    help="Show and settle what is known of paid work.\n\nEvery submit of `generate` and `edit` is written down before "
+    "it is sent, and its task before anything else happens.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+app.add_typer(journal_app, name="journal")
 
 
 def run(argv: Sequence[str] | None) -> int:
@@ -101,43 +96,24 @@ Simulate = Annotated[
     bool,
     typer.Option("--simulate", help="Let the embedded simulator answer: no key, no network, nothing charged."),
 ]
+Key = Annotated[
+    str | None,
+    typer.Option(
+        "--key", metavar="NAME", help="Your name for this work: it is paid for once, however often it is asked for."
+    ),
+]
+Budget = Annotated[
+    int | None, typer.Option("--budget", metavar="N", min=0, help="Send nothing if it costs more than N credits.")
+]
+JournalFile = Annotated[
+    Path | None, typer.Option("--journal", metavar="FILE", help="The journal's file, in place of the usual one.")
+]
+NoJournal = Annotated[
+    bool, typer.Option("--no-journal", help="Write nothing down: what a crash interrupts may be lost.")
+]
 TaskId = Annotated[str, typer.Argument(metavar="TASK_ID", show_default=False)]
 
 _DIAGRAMS = Path("diagrams")
-
-
-class _TaskCommand(TyperCommand):
-    """A command about a task, whose id may look like an option."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        options = [param for param in self.get_params(ctx) if param.param_type_name == "option"]
-        flags = {name for option in options if getattr(option, "is_flag", False) for name in option.opts}
-        valued = {name for option in options for name in option.opts} - flags
-        return super().parse_args(ctx, set_id_apart(args, flags, valued))
-
-
-def set_id_apart(args: list[str], flags: Collection[str], valued: Collection[str]) -> list[str]:
-    """Move a task id that begins with a dash behind `--`, where it cannot be taken for an option.
-
-    Args:
-        args: The arguments of the command.
-        flags: Its options without a value.
-        valued: Its options with one.
-    """
-    found = None
-    skip = False
-    for place, arg in enumerate(args):
-        if skip:
-            skip = False
-        elif not arg.startswith("-") or arg == "--":
-            return args  # the id is given plainly
-        elif arg in valued:
-            skip = True
-        elif arg not in flags and arg.partition("=")[0] not in valued:
-            attached = arg[:2] in valued and len(arg) != _TASK_ID_LENGTH  # -oDIR
-            if found is None and not attached and re.fullmatch(TASK_ID_CHARACTERS, arg):
-                found = place
-    return args if found is None else [*args[:found], *args[found + 1 :], "--", args[found]]
 
 
 def _print_version(wanted: bool) -> None:
@@ -162,9 +138,13 @@ def generate(
     model: Model = None,
     quality: Quality = None,
     aspect_ratio: AspectRatio = None,
+    key: Key = None,
+    budget: Budget = None,
     timeout: Timeout = None,
     as_json: AsJson = False,
     simulate: Simulate = False,
+    journal: JournalFile = None,
+    no_journal: NoJournal = False,
 ) -> None:
     """Make diagrams from prompts.
 
@@ -172,9 +152,10 @@ def generate(
     """
 
     def begin(cv: ConceptViz) -> Task:
-        return cv.submit(prompts, model=model, quality=quality, aspect_ratio=aspect_ratio)
+        return cv.submit(prompts, model=model, quality=quality, aspect_ratio=aspect_ratio, key=key)
 
-    _deliver(begin, output, timeout, as_json, simulate=simulate)
+    keeps_journal = _keeps_journal(journal, no_journal, key, simulate)
+    _deliver(begin, output, timeout, as_json, budget, simulated=simulate, keeps_journal=keeps_journal, journal=journal)
 
 
 @app.command()
@@ -185,9 +166,13 @@ def edit(
     model: Model = None,
     quality: Quality = None,
     aspect_ratio: AspectRatio = None,
+    key: Key = None,
+    budget: Budget = None,
     timeout: Timeout = None,
     as_json: AsJson = False,
     simulate: Simulate = False,
+    journal: JournalFile = None,
+    no_journal: NoJournal = False,
 ) -> None:
     """Make a diagram from images to edit.
 
@@ -196,12 +181,13 @@ def edit(
     inputs = [image if _URL.match(image) else Path(image) for image in images]
 
     def begin(cv: ConceptViz) -> Task:
-        return cv.submit_edit(prompt, inputs, model=model, quality=quality, aspect_ratio=aspect_ratio)
+        return cv.submit_edit(prompt, inputs, model=model, quality=quality, aspect_ratio=aspect_ratio, key=key)
 
-    _deliver(begin, output, timeout, as_json, simulate=simulate)
+    keeps_journal = _keeps_journal(journal, no_journal, key, simulate)
+    _deliver(begin, output, timeout, as_json, budget, simulated=simulate, keeps_journal=keeps_journal, journal=journal)
 
 
-@app.command(cls=_TaskCommand)
+@app.command(cls=TaskCommand)
 def status(task_id: TaskId, as_json: AsJson = False) -> None:
     """Print a task's status."""
 
@@ -213,13 +199,19 @@ def status(task_id: TaskId, as_json: AsJson = False) -> None:
     _finish(work, task_id=task_id)
 
 
-@app.command(cls=_TaskCommand)
-def wait(task_id: TaskId, output: Output = _DIAGRAMS, timeout: Timeout = None, as_json: AsJson = False) -> None:
+@app.command(cls=TaskCommand)
+def wait(
+    task_id: TaskId,
+    output: Output = _DIAGRAMS,
+    timeout: Timeout = None,
+    as_json: AsJson = False,
+    journal: JournalFile = None,
+) -> None:
     """Take up a task again, at no cost.
 
     It is waited for; its images are saved, and their paths printed.
     """
-    _deliver(lambda cv: cv.task(task_id), output, timeout, as_json, task_id=task_id)
+    _deliver(lambda cv: cv.task(task_id), output, timeout, as_json, task_id=task_id, journal=journal)
 
 
 @app.command()
@@ -240,6 +232,96 @@ def estimate(
         return DONE
 
     _finish(work)
+
+
+@journal_app.command("list")
+def list_(
+    everything: Annotated[bool, typer.Option("--all", help="Also what has ended.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print each attempt as one line of JSON.")] = False,
+    journal: JournalFile = None,
+) -> None:
+    """Print what is unfinished or unknown.
+
+    Unfinished is what is paid for and has not ended; unknown, what may have been charged without an answer.
+    """
+
+    def work(report: Report) -> int:
+        from ._journal import list_attempts
+
+        return list_attempts(report, everything=everything, as_json=as_json)
+
+    _finish(work, journal=journal)
+
+
+@journal_app.command()
+def resume(
+    output: Output = _DIAGRAMS,
+    timeout: Annotated[
+        float | None,
+        typer.Option("--timeout", metavar="S", callback=_seconds, help="Seconds to wait for each.  [default: 600]"),
+    ] = None,
+    as_json: AsJson = False,
+    journal: JournalFile = None,
+) -> None:
+    """Save all that is paid for and not ended.
+
+    One task after another is waited for, at no cost: those of this API key and this API.
+    """
+
+    def work(report: Report) -> int:
+        from ._journal import resume
+
+        return resume(report, output=output, timeout=timeout, as_json=as_json)
+
+    _finish(work, folder=output, journal=journal)
+
+
+@journal_app.command()
+def resolve(
+    attempt: Annotated[str, typer.Argument(metavar="ATTEMPT", show_default=False)],
+    task_id: Annotated[
+        str | None, typer.Option("--task-id", metavar="ID", help="It was accepted, and this is its task: take it up.")
+    ] = None,
+    retry: Annotated[
+        bool, typer.Option("--retry", help="It was not charged, or may be paid for again: free its key.")
+    ] = False,
+    journal: JournalFile = None,
+) -> None:
+    """Settle an unknown attempt.
+
+    Without an option, what is known of it is printed, and what to compare before it is settled.
+    """
+    if retry and task_id is not None:
+        raise typer.BadParameter("--task-id says that it was accepted, and --retry gives it up: choose one.")
+
+    def work(report: Report) -> int:
+        from ._journal import explain, settle
+
+        if task_id is None and not retry:
+            return explain(report, attempt=attempt)
+        return settle(report, attempt=attempt, task_id=task_id)
+
+    _finish(work, journal=journal)
+
+
+@journal_app.command()
+def prune(
+    older_than: Annotated[
+        float, typer.Option("--older-than", metavar="DAYS", min=0, help="How long ago it ended.", show_default=False)
+    ],
+    journal: JournalFile = None,
+) -> None:
+    """Forget what ended long ago.
+
+    Its keys may be paid for again. What is unfinished or unknown stays.
+    """
+
+    def work(report: Report) -> int:
+        from ._journal import prune
+
+        return prune(report, days=older_than)
+
+    _finish(work, journal=journal)
 
 
 @app.command()
@@ -282,42 +364,38 @@ def simulator(
     _finish(work)
 
 
+def _keeps_journal(journal: Path | None, no_journal: bool, key: str | None, simulate: bool) -> bool:
+    if no_journal and (journal is not None or key is not None):
+        raise typer.BadParameter("--no-journal goes with neither --journal nor --key, which works by the journal.")
+    return not (no_journal or simulate)
+
+
 def _deliver(
     begin: Callable[[ConceptViz], Task],
     output: Path,
     timeout: float | None,
     as_json: bool,
-    *,
-    simulate: bool = False,
-    task_id: str | None = None,
+    budget: int | None = None,
+    **about: Any,
 ) -> NoReturn:
     def work(report: Report) -> int:
         from ._work import deliver
 
-        return deliver(begin, report, output=output, timeout=timeout, as_json=as_json)
+        return deliver(begin, report, output=output, timeout=timeout, as_json=as_json, budget=budget)
 
-    _finish(work, folder=output, simulate=simulate, task_id=task_id)
+    _finish(work, folder=output, **about)
 
 
-def _finish(
-    work: Callable[[Report], int], *, folder: Path | None = None, simulate: bool = False, task_id: str | None = None
-) -> NoReturn:
-    """Do a command's work, tell what stopped it, and exit."""
+def _finish(work: Callable[[Report], int], **about: Any) -> NoReturn:
+    """Do a command's work, tell what stopped it, and exit. The report is made from what it is `about`."""
     from ._report import Report
 
-    report = Report(folder, task_id, simulated=simulate)
+    report = Report(**about)
     try:
         with report:
             code = work(report)
     except ConceptVizError as error:
-        code = exit_code(error)
-        report.say(f"Error: {in_shell_words(error)}")
-        if isinstance(error, TaskNotFoundError):
-            report.say(
-                "A task of --simulate ends with its command; `conceptviz simulator` keeps tasks between commands."
-            )
-        elif not isinstance(error, _ENDED):
-            report.resume()
+        code = report.tell(error)
     except KeyboardInterrupt:
         code = INTERRUPTED
         report.say(_farewell(report))
@@ -341,5 +419,6 @@ def _farewell(report: Report) -> str:
     if report.task_id is not None:
         return f"Stopped. Task {report.task_id} is paid for and goes on at the service."
     if report.submitting:
-        return "Stopped before the service had answered: the request may have been accepted and charged."
+        known = f" What is known of it:\n  {report.command('journal', 'list')}" if report.keeps_journal else ""
+        return f"Stopped before the service had answered: the request may have been accepted and charged.{known}"
     return "Stopped. Nothing was sent."

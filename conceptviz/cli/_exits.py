@@ -52,6 +52,9 @@ _SHELL_WORDS: Final = (
     (re.compile(r"pass api_key=, or set"), "set"),
     (re.compile(r"as api_key= or in"), "in"),
     (re.compile(r"; take it up again with task\([^)]*\)\.wait\(\)"), ""),
+    (re.compile(r"[;:] task\([^)]*\)\.wait\(\) takes it up"), ""),
+    (re.compile(r" Compare the credits in your account, then settle it: `[^`]*`, or Journal\.resolve\."), ""),
+    (re.compile(r"a client without a budget"), "leave out --budget"),
     (re.compile(r"; overwrite=True replaces it"), "; move it away, or choose another folder with -o"),
     (re.compile(r" If the service has changed since, quality=conceptviz\.Unchecked\([^)]*\) sends it as it is\."), ""),
     (re.compile(r"save takes a folder"), "-o takes a folder"),
@@ -65,8 +68,8 @@ def exit_code(error: e.ConceptVizError) -> int:
     return next(EXIT_CODES[kind] for kind in type(error).__mro__ if kind in EXIT_CODES)
 
 
-def in_shell_words(error: Exception) -> str:
-    """Return an error's message with advice that can be followed at a prompt."""
+def in_shell_words(error: Exception | str) -> str:
+    """Return the message of an error, or of a warning, with advice that can be followed at a prompt."""
     message = str(error)
     for pattern, words in _SHELL_WORDS:
         message = pattern.sub(words, message)

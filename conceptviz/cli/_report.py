@@ -16,8 +16,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from .._errors import (
+    ConceptVizError,
+    GenerationFailedError,
+    InvalidRequestError,
+    JournalError,
+    ModerationBlockedError,
+    SubmissionUnknownError,
+    TaskNotFoundError,
+)
 from .._events import Completed, Event, Polled, Retrying, Submitted
-from ._exits import in_shell_words
+from ._exits import exit_code, in_shell_words
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,6 +35,9 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from .._models import Submission
+
+# After these, there is nothing to take up again.
+_ENDED = (GenerationFailedError, ModerationBlockedError, InvalidRequestError)
 
 # What a service's words may not do to a terminal: move the cursor, set its title, or be half a character.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
@@ -43,18 +55,32 @@ class Report(logging.Handler):
         folder: Where images will be saved, for advice; None if this command saves none.
         task_id: The task it is about, if that is known from the start.
         simulated: Whether the embedded simulator does the work.
+        keeps_journal: Whether what is paid for is written down.
+        journal: The journal's file, if the command line names it.
 
     Attributes:
         task_id: The task it is about, as soon as there is one.
         submitting: Whether a submit may be under way.
+        gave_up: Whether somebody would not wait for the answer to a submit.
     """
 
-    def __init__(self, folder: Path | None = None, task_id: str | None = None, *, simulated: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path | None = None,
+        task_id: str | None = None,
+        *,
+        simulated: bool = False,
+        keeps_journal: bool = False,
+        journal: Path | None = None,
+    ) -> None:
         super().__init__(logging.WARNING)
         self.folder = folder
         self.task_id = task_id
         self.simulated = simulated
+        self.keeps_journal = keeps_journal
+        self.journal = journal
         self.submitting = False
+        self.gave_up = False
         self._word = ""
         self._receipt = ""
         self._started = time.monotonic()
@@ -69,7 +95,8 @@ class Report(logging.Handler):
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.end_line()
-        logging.getLogger("conceptviz").removeHandler(self)
+        if not self.gave_up:  # else the work goes on for a moment, and what it logs would find no handler
+            logging.getLogger("conceptviz").removeHandler(self)
 
     def say(self, text: str) -> None:
         """Print a message."""
@@ -84,7 +111,7 @@ class Report(logging.Handler):
 
     def begin_line(self, word: str) -> None:
         """Show on a terminal, from now on, what is going on."""
-        self._word = word
+        self._word, self._receipt = word, ""
         self._started = time.monotonic()
         if sys.stderr is None or not sys.stderr.isatty():
             return
@@ -133,19 +160,50 @@ class Report(logging.Handler):
             self.say(f"Task {event.task_id} completed after {event.elapsed:.1f} s{cost}.")
             self._word = "saving"
 
+    def take_up(self, task_id: str) -> None:
+        """Say that a submit has come upon a task that is paid for."""
+        self.task_id = task_id
+        self._word = "waiting"
+        self.say(f"Task {task_id} was paid for by an earlier submit of this key: nothing is spent.")
+
     def emit(self, record: logging.LogRecord) -> None:
         """Print a warning of the package."""
-        # These two tell a program how to take up a wait that was stopped; `resume` tells a person.
-        if record.module not in {"_task", "_sync"}:
-            self.say(f"Warning: {record.getMessage()}")
+        if self.gave_up and self.keeps_journal:
+            return  # the journal knows, and the command that shows it is advised
+        # These two tell a program how to take up a wait that was stopped, and `resume` tells a person; what is logged
+        # as an error is raised too.
+        if record.module not in {"_task", "_sync"} and record.levelno < logging.ERROR:
+            self.say(f"Warning: {in_shell_words(record.getMessage())}")
+
+    def tell(self, error: ConceptVizError) -> int:
+        """Say what went wrong and what can be done about it, and return its exit code."""
+        self.task_id = self.task_id or error.task_id
+        self.say(f"Error: {in_shell_words(error)}")
+        if isinstance(error, TaskNotFoundError):
+            self.say("A task of --simulate ends with its command; `conceptviz simulator` keeps tasks between commands.")
+        elif isinstance(error, SubmissionUnknownError) and error.attempt_id is not None:
+            command = self.command("journal", "resolve", error.attempt_id)
+            self.say(f"What to compare first, and how to settle it:\n  {command}")
+        elif isinstance(error, JournalError) and error.submission is None and self.keeps_journal:
+            # A journal that was opened may know of this very work: to go without it then may be to pay twice.
+            ways = " Mend the journal, name another with --journal, or go without: --no-journal."
+            self.say(f"Nothing was sent.{'' if self.submitting else ways}")
+        elif not isinstance(error, _ENDED):
+            self.resume()
+        return exit_code(error)
 
     def resume(self) -> None:
         """Say how to take up the task again, if there is one that lives on."""
         if self.simulated:
             self.say("It was simulated: nothing was charged, and nothing goes on.")
         elif self.task_id is not None:
-            command = shlex.join(["conceptviz", "wait", self.task_id, "-o", str(self.folder or "diagrams")])
+            command = self.command("wait", self.task_id, "-o", str(self.folder or "diagrams"))
             self.say(f"Take it up again, at no further cost:\n  {command}")
+
+    def command(self, *words: str) -> str:
+        """Return a command to advise, about the same journal as this one's."""
+        journal = [] if self.journal is None else ["--journal", str(self.journal)]
+        return shlex.join(["conceptviz", *words, *journal])
 
 
 def _after_colon(text: str) -> str:
