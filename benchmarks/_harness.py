@@ -58,7 +58,7 @@ class Goal:
         cell: The cell it is read from.
         figure: The figure's name in that cell.
         at_most: The goal.
-        bold: The bold goal.
+        bold: The bold goal, if there is one.
     """
 
     row: str
@@ -66,7 +66,7 @@ class Goal:
     cell: str
     figure: str
     at_most: float
-    bold: float
+    bold: float | None = None
 
 
 @dataclass(frozen=True)
@@ -160,56 +160,70 @@ class Benchmark:
                 )
             cells[cell.name] = figures
         absent = [cell.name for cell in self.cells.values() if cell.is_absent]
-        extras = [name for name in HTTPX_EXTRAS if version(name)]
-        report = {
-            "question": self.question,
-            "figure": self.figure,
-            "base": self.base,
-            "less": self.less,
-            "rounds": self.rounds,
-            "cells": cells,
-            "not_installed": absent,
-            "goals": [
-                {
-                    "row": goal.row,
-                    "says": goal.says,
-                    "measured": cells[goal.cell][goal.figure],
-                    "goal": goal.at_most,
-                    "bold": goal.bold,
-                }
-                for goal in self.goals
-            ],
-            "measured": datetime.now(timezone.utc).date().isoformat(),
-            "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-            "python": f"{platform.python_implementation()} {platform.python_version()}",
-            "versions": {name: found for name in DISTRIBUTIONS if (found := version(name))},
-            "httpx_extras": extras,
-        }
-        name = Path(sys.argv[0]).stem.removeprefix("bench_")
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / f"{name}.json").write_text(json.dumps(report, indent=2) + "\n")
-        print(f"{self.question}\n")
-        print("\n".join(table(cells, self.figure)))
-        for each in absent:
-            print(f"not installed, not measured: {each}")
-        if extras:
-            print(f"`import httpx` also loads {', '.join(extras)} here: an environment without them is the fair one")
-        for goal in self.goals:
-            measured = cells[goal.cell][goal.figure]
-            met = "met" if measured <= goal.at_most else "NOT met"
-            print(f"{goal.row} {goal.says}: {measured:g}; goal {goal.at_most:g} {met}; bold {goal.bold:g}")
-        print()
+        report(
+            self.question,
+            self.figure,
+            cells,
+            self.goals,
+            {"base": self.base, "less": self.less, "rounds": self.rounds, "not_installed": absent},
+        )
 
 
-def table(cells: Mapping[str, Figures], figure: str) -> list[str]:
+def report(
+    question: str,
+    figure: str,
+    cells: Mapping[str, Mapping[str, float | str]],
+    goals: Sequence[Goal],
+    more: Mapping[str, Any],
+) -> None:
+    """Store what was measured, with where and with what, under the name of the running script; print it."""
+    extras = [name for name in HTTPX_EXTRAS if version(name)]
+    reached = [(goal, float(cells[goal.cell][goal.figure])) for goal in goals]
+    stored = {
+        "question": question,
+        "figure": figure,
+        **more,
+        "cells": cells,
+        "goals": [
+            {"row": goal.row, "says": goal.says, "measured": measured, "goal": goal.at_most, "bold": goal.bold}
+            for goal, measured in reached
+        ],
+        "measured": datetime.now(timezone.utc).date().isoformat(),
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "python": f"{platform.python_implementation()} {platform.python_version()}",
+        "load": round(os.getloadavg()[0], 1),
+        "versions": {name: found for name in DISTRIBUTIONS if (found := version(name))},
+        "httpx_extras": extras,
+    }
+    name = Path(sys.argv[0]).stem.removeprefix("bench_")
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(stored, indent=2) + "\n")
+    print(f"{question}\n")
+    print("\n".join(table(cells, figure)))
+    for absent in more["not_installed"]:
+        print(f"not installed, not measured: {absent}")
+    if extras:
+        print(f"`import httpx` also loads {', '.join(extras)} here: an environment without them is the fair one")
+    for goal, measured in reached:
+        met = "met" if measured <= goal.at_most else "NOT met"
+        bold = "" if goal.bold is None else f"; bold {goal.bold:g}"
+        print(f"{goal.row} {goal.says}: {measured:g}; goal {goal.at_most:g} {met}{bold}")
+    print()
+
+
+def table(cells: Mapping[str, Mapping[str, float | str]], figure: str) -> list[str]:
     """Return the lines of a Markdown table: the ratio first, then the figure it is formed of, then the rest."""
     names = list(dict.fromkeys(name for figures in cells.values() for name in figures))
-    names = ["ratio", figure, *(name for name in names if name not in {"ratio", figure})]
+    first = [name for name in ("ratio", figure) if name in names]
+    names = [*first, *(name for name in names if name not in first)]
     rows = [
-        f"| {cell} | " + " | ".join(f"{figures[name]:g}" if name in figures else "" for name in names) + " |"
-        for cell, figures in cells.items()
+        f"| {cell} | {' | '.join(_shown(figures.get(name, '')) for name in names)} |" for cell, figures in cells.items()
     ]
     return ["| client | " + " | ".join(names) + " |", "|---|" + "---:|" * len(names), *rows]
+
+
+def _shown(figure: float | str) -> str:
+    return figure if isinstance(figure, str) else f"{figure:g}"
 
 
 def version(distribution: str) -> str | None:

@@ -1,6 +1,6 @@
 """Run the benchmarks, all or those named, and write their stored figures into README.md.
 
-python benchmarks/run.py [import first_answer submit_and_poll poll sync save upload]
+python benchmarks/run.py [import first_answer submit_and_poll poll sync save upload journal lost_answer]
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from _harness import RESULTS, table
 
 HERE = Path(__file__).parent
-ORDER = ("submit_and_poll", "import", "first_answer", "poll", "sync", "save", "upload")
+ORDER = ("submit_and_poll", "import", "first_answer", "poll", "sync", "save", "upload", "journal", "lost_answer")
 START, END = "<!-- figures: written by run.py -->", "<!-- end of figures -->"
 
 
@@ -34,7 +34,7 @@ def main() -> None:
 def render(reports: list[dict[str, Any]]) -> str:
     lines = ["| row | figure | measured | goal | bold |", "|---|---|---:|---:|---:|"]
     lines += [
-        f"| {goal['row']} | {goal['says']} | {goal['measured']:g} | {goal['goal']:g} | {goal['bold']:g} |"
+        f"| {goal['row']} | {goal['says']} | {goal['measured']:g} | {goal['goal']:g} | {bold(goal)} |"
         for report in reports
         for goal in report["goals"]
     ]
@@ -45,11 +45,14 @@ def render(reports: list[dict[str, Any]]) -> str:
             lines.append(f"Not installed, not measured: {', '.join(report['not_installed'])}.")
         if report["httpx_extras"]:
             lines.append(f"`import httpx` also loaded {', '.join(report['httpx_extras'])}.")
-        lines.append(
-            f"Medians of {report['rounds']} rounds, {report['measured']}, {report['machine']}, {report['python']}; "
-            f"{versions}."
-        )
+        rounds = "One run" if report["rounds"] == 1 else f"Medians of {report['rounds']} rounds"
+        load = f", load average {report['load']:g}" if "load" in report else ""
+        lines.append(f"{rounds}, {report['measured']}, {report['machine']}{load}, {report['python']}; {versions}.")
     return "\n".join(lines) + "\n"
+
+
+def bold(goal: dict[str, Any]) -> str:
+    return "" if goal["bold"] is None else f"{goal['bold']:g}"
 
 
 if __name__ == "__main__":
