@@ -479,8 +479,8 @@ def test_estimate_refuses_what_has_no_price(capsys: pytest.CaptureFixture[str]) 
 )
 def test_what_needs_no_service_starts_without_http(args: list[str]) -> None:
     code = (
-        "import sys; from conceptviz.cli import main; "
-        f"assert main({args!r}) == 0; assert not {{'httpx', 'anyio', 'PIL', 'sqlite3'}} & set(sys.modules)"
+        "import sys; before = set(sys.modules); from conceptviz.cli import main; "
+        f"assert main({args!r}) == 0; assert not {{'httpx', 'anyio', 'PIL', 'sqlite3'}} & (set(sys.modules) - before)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
 

@@ -86,7 +86,8 @@ class TestStops:
         """The server has so many bytes of it and no more; the client is told in the same way."""
         with Server() as server, through(server, requests=Toxics(stop_after=size, stop=stop)) as proxy:
             assert ask(proxy, post(), seen) == (b"", seen)
-        assert len(server.ledger.posts) == (1 if size else 0)
+        # A reset may overtake the bytes that were sent before it.
+        assert len(server.ledger.posts) in ({0, 1} if size and stop == "reset" else {1 if size else 0})
         assert server.ledger.accepted == []
 
 
