@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import ssl
 from random import Random
 
 from ._errors import (
@@ -68,6 +69,8 @@ def retry_delay(error: ConceptVizError, attempt: int, retries: Retries, rng: Ran
     safe = SAFE_TO_SUBMIT_AGAIN if spends else SAFE_TO_READ_AGAIN
     if attempt >= retries.attempts or not isinstance(error, safe):
         return None
+    if isinstance(error.__cause__, ssl.SSLError):
+        return None  # a certificate that is refused now will be refused again
     asked = _asked(error)
     if asked > retries.max_retry_after:
         return None

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import ssl
 import sys
 import time
 from collections.abc import Awaitable, Callable
@@ -243,7 +242,7 @@ class _Submit:
                 submission = await self._submits.transport.submit(self._call, self._request, self._before_first_byte)
             except ConceptVizError as error:  # noqa: PERF203 - a try is what an attempt is
                 delay = retry_delay(error, number, self._submits.retries, self._submits.rng, spends=True)
-                if delay is None or self._stake.is_stopped or isinstance(error.__cause__, ssl.SSLError):
+                if delay is None or self._stake.is_stopped:
                     raise
                 self._refusal = error
                 self._stake.is_held = False
