@@ -10,7 +10,7 @@ import inspect
 import logging
 import os
 from collections.abc import Callable, Iterable
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, overload
@@ -22,7 +22,7 @@ from anyio import to_thread
 from ._budget import Budget, resolve_budget
 from ._calls import ApiCall, build_generate, check_task_id
 from ._config import check_limits, is_loopback, resolve_api_key, resolve_base_url
-from ._downloads import Downloads
+from ._errors import InvalidRequestError
 from ._events import Event, EventHook, Saved
 from ._files import check_folder
 from ._journal import Journal, resolve_journal
@@ -50,6 +50,8 @@ if TYPE_CHECKING:
 
     import httpx
     from typing_extensions import Self
+
+    from ._downloads import Downloads
 
 logger = logging.getLogger("conceptviz")
 
@@ -128,16 +130,23 @@ class AsyncConceptViz:
             rng=rng,
         )
         self._poller = Poller(self._transport, polling, retries, self._emit, rng)
-        self._downloads = Downloads(
-            look=lambda task_id: self._transport.look_patiently(task_id, ()),
-            timeout=timeout,
-            retries=retries,
-            max_connections=max_connections,
-            transport=transport,
-            allow_loopback=is_loopback(urlsplit(self._base_url).hostname or ""),
-            emit=self._emit,
-            rng=rng,
-        )
+
+        def open_downloads() -> Downloads:
+            from ._downloads import Downloads  # httpx is loaded by those who fetch an image
+
+            return Downloads(
+                look=lambda task_id: self._transport.look_patiently(task_id, ()),
+                timeout=timeout,
+                retries=retries,
+                max_connections=max_connections,
+                transport=transport,
+                allow_loopback=is_loopback(urlsplit(self._base_url).hostname or ""),
+                emit=self._emit,
+                rng=rng,
+            )
+
+        self._open_downloads = open_downloads
+        self._is_closed = False
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self._base_url}>"
@@ -154,7 +163,9 @@ class AsyncConceptViz:
         """Close the connections. Tasks go on at the service, and keep their ids."""
         with anyio.CancelScope(shield=True):
             await self._transport.aclose()
-            await self._downloads.aclose()
+            self._is_closed = True
+            if "_downloads" in vars(self):
+                await self._downloads.aclose()
             if self._owns_journal and self._journal is not None:
                 await to_thread.run_sync(self._journal.close)
 
@@ -415,6 +426,12 @@ class AsyncConceptViz:
         Source: "Step 2: Poll for Results".
         """
         return [self._task(paid) for paid in await self._submits.unended()]
+
+    @cached_property
+    def _downloads(self) -> Downloads:
+        if self._is_closed:
+            raise InvalidRequestError("The client is closed: make a new one. Nothing was sent.")
+        return self._open_downloads()
 
     async def _submit(self, call: ApiCall, request: GenerateRequest | EditRequest) -> AsyncTask:
         return self._task(await self._submits.submit(call, request))

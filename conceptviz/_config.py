@@ -103,6 +103,8 @@ def resolve_base_url(base_url: str | None) -> str:
         raise refuse("cannot be read as a URL") from None
     if not host or not _PRINTABLE.fullmatch(url):
         raise refuse("has no host, or holds characters that no URL has")
+    if not _is_host(host):
+        raise refuse("has a host that is neither a name nor an address")
     if parts.username is not None or parts.password is not None:
         raise refuse("holds a user name or a password")
     if parts.query or parts.fragment or "?" in url or "#" in url:
@@ -126,6 +128,18 @@ def check_limits(timeout: float, max_connections: int) -> None:
         raise InvalidRequestError(f"timeout must be a number of seconds above 0, not {timeout!r}.")
     if isinstance(max_connections, bool) or not isinstance(max_connections, int) or max_connections < 1:
         raise InvalidRequestError(f"max_connections must be at least 1, not {max_connections!r}.")
+
+
+def _is_host(host: str) -> bool:
+    """Say whether a host can be connected to, as far as its spelling shows."""
+    try:
+        if re.fullmatch(r"[0-9.]+", host) or ":" in host:
+            ipaddress.ip_address(host.partition("%")[0])
+        elif any(label.startswith("xn--") for label in host.split(".")):
+            host.encode().decode("idna")
+    except ValueError:
+        return False
+    return True
 
 
 def is_loopback(host: str) -> bool:

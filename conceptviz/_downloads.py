@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
 from random import Random
-from typing import IO, TYPE_CHECKING, TypeVar
+from typing import IO, TYPE_CHECKING, TypeAlias, TypeVar
 
 import anyio
 import httpx
@@ -25,8 +25,9 @@ from anyio import to_thread
 from ._config import is_loopback, is_private
 from ._errors import ConceptVizError, DownloadError
 from ._events import Event, Retrying
+from ._exchange import LoopBound
 from ._files import TakenError, create, file_stem, find_saved, publish, rewind, sync
-from ._http import EXCHANGE_ERRORS, LoopBound, open_http_client, reading
+from ._http import EXCHANGE_ERRORS, open_http_client, reading
 from ._images import HEAD_BYTES, TAIL_BYTES, ends_properly, sniff
 from ._models import Image, Retries, TaskState
 from ._policy import retry_delay
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 T = TypeVar("T")
+_Client: TypeAlias = tuple[httpx.AsyncClient, anyio.CapacityLimiter]
 
 MAX_IMAGE_BYTES = 64 * 2**20
 MAX_REDIRECTS = 3
@@ -174,12 +176,17 @@ class Downloads:
         self._allow_loopback = allow_loopback
         self._emit = emit
         self._rng = rng
-        self._http = LoopBound(
-            lambda: open_http_client(
+
+        def open_client() -> _Client:
+            client = open_http_client(
                 transport, timeout=timeout, max_connections=max_connections, proxies=not allow_loopback
-            ),
-            max_connections,
-        )
+            )
+            return client, anyio.CapacityLimiter(max_connections)
+
+        async def close(opened: _Client) -> None:
+            await opened[0].aclose()
+
+        self._http = LoopBound(open_client, close)
 
     async def read(self, image: Image) -> bytes:
         """Fetch an image into memory.

@@ -1,33 +1,34 @@
-"""httpx as both of its users want it: clients that follow nothing and keep nothing, their event loops, and bodies.
+"""httpx as its users want it: clients that follow nothing and keep nothing, and exchanges with the API through one.
 
-What lives here: what `_transport` and `_downloads` share. What must never live here: the key, the API.
+What lives here: what the image host is fetched with, and the API too where a transport of the caller's, a proxy or an
+instrumentation of httpx stands before it. What must never live here: a decision about what is sent again.
 """
 
 from __future__ import annotations
 
 import functools
 import ssl
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+import types
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from http.cookiejar import CookieJar, DefaultCookiePolicy
+from typing import Any
 
 import anyio
 import anyio.lowlevel
 import httpx
 
-from ._errors import InvalidRequestError
-from ._version import __version__
+from ._calls import ApiCall
+from ._exchange import PIECE, USER_AGENT, Pieces, Received, Trace, finish
+from ._json import MAX_ANSWER_BYTES
 
-USER_AGENT = f"conceptviz-python/{__version__}"
-# Bodies are handed to the socket in pieces of this size: asyncio copies what a full socket does not take at once.
-PIECE = 256 * 1024
 # What httpx raises for an exchange that fails. The last two are for a Location that it cannot read: it reads each,
 # though it is told to follow none, and lets the errors of its IDNA library through.
 EXCHANGE_ERRORS = (httpx.HTTPError, httpx.StreamError, httpx.InvalidURL, UnicodeError)
 
 
 @functools.cache
-def _ssl_context() -> ssl.SSLContext:
+def ssl_context() -> ssl.SSLContext:
     """Build the SSL context once: it takes longer than the rest of a client."""
     return httpx.create_ssl_context()
 
@@ -63,47 +64,8 @@ def open_http_client(
         ),
         follow_redirects=False,
         trust_env=proxies,
-        verify=_ssl_context() if tls and transport is None else False,
+        verify=ssl_context() if tls and transport is None else False,
     )
-
-
-class LoopBound:
-    """An httpx client, and the limit on its use, for the event loop it is used in.
-
-    A client's connections belong to one event loop. A program that runs several after another with one client of ours
-    (`asyncio.run` twice) gets a new httpx client in each; those of a loop that has ended have ended with it.
-    """
-
-    def __init__(self, open_client: Callable[[], httpx.AsyncClient], limit: int) -> None:
-        self._open = open_client
-        self._limit = limit
-        self._token: object = None
-        self._closed = False
-
-    def get(self) -> tuple[httpx.AsyncClient, anyio.CapacityLimiter]:
-        """Return the client and the limiter of the running event loop.
-
-        Raises:
-            InvalidRequestError: The client was closed.
-        """
-        if self._closed:
-            raise InvalidRequestError("The client is closed: make a new one. Nothing was sent.")
-        token = anyio.lowlevel.current_token()
-        if token is not self._token and token != self._token:
-            self._token = token
-            self._client, self._limiter = self._open(), anyio.CapacityLimiter(self._limit)
-        return self._client, self._limiter
-
-    async def aclose(self) -> None:
-        """Close the client; whatever is asked of it afterwards is refused."""
-        self._closed = True
-        token, self._token = self._token, None
-        if token is not None:
-            client = self._client
-            del self._client
-            # In another loop than its own it can only be dropped.
-            if token == anyio.lowlevel.current_token():
-                await client.aclose()
 
 
 @asynccontextmanager
@@ -114,7 +76,7 @@ async def reading(response: httpx.Response) -> AsyncIterator[AsyncIterator[bytes
         yield chunks
     finally:
         with anyio.CancelScope(shield=True), anyio.move_on_after(1):
-            await _finish(chunks)
+            await finish(chunks, EXCHANGE_ERRORS)
             await response.aclose()
 
 
@@ -127,28 +89,80 @@ async def _chunks(response: httpx.Response) -> AsyncIterator[bytes]:
             yield chunk
 
 
-async def _finish(chunks: AsyncIterator[bytes]) -> None:
-    """End a body that was left before its end.
+def is_instrumented() -> bool:
+    """Say whether something has put itself into httpx's own transport, as OpenTelemetry and test tools do."""
+    method = httpx.AsyncHTTPTransport.handle_async_request
+    return not isinstance(method, types.FunctionType) or not method.__module__.startswith("httpx.")
 
-    httpx reads through a chain of generators, and trio complains of each that the garbage collector finds unfinished.
-    The next read, cancelled, ends them all from within. A stream that never waits cannot be cancelled: hence the bound.
+
+def is_own_transport(transport: httpx.AsyncBaseTransport | None) -> bool:
+    """Say whether a client's transport is httpx's own, and nothing that was made of it."""
+    return transport is None or type(transport) is httpx.AsyncHTTPTransport
+
+
+class ThroughHttpx:
+    """Exchanges with the API through an httpx client, in one event loop.
+
+    Args:
+        base_url: A checked base URL.
+        client: The client, which is closed with it.
+        is_traced: Whether its transport is known to report its steps.
     """
-    with anyio.CancelScope() as scope, suppress(*EXCHANGE_ERRORS, StopAsyncIteration):
-        scope.cancel()
-        for _ in range(1000):
-            await anext(chunks)
+
+    errors: tuple[type[Exception], ...] = EXCHANGE_ERRORS
+
+    def __init__(self, base_url: str, client: httpx.AsyncClient, *, is_traced: bool) -> None:
+        self._base_url = base_url
+        self._client = client
+        self.is_traced = is_traced
+
+    async def exchange(self, call: ApiCall, authorization: str, received: Received, trace: Trace | None) -> None:
+        """Send a request and read its answer, up to the size that an answer may have, into `received`.
+
+        Raises:
+            Exception: One of `errors`.
+        """
+
+        async def watch(step: str, info: Mapping[str, Any]) -> None:
+            # The beginning of the step that is reported when a connection is made, rather than one used that was kept.
+            received.is_certain = received.is_certain or step.startswith("connection.connect_")
+            if trace is not None:
+                await trace(step, info)
+
+        # A transport that is no connection may never wait: whoever else has work is given a turn, and a cancellation.
+        await anyio.lowlevel.checkpoint()
+        received.is_certain = not self.is_traced
+        response = await self._client.send(self._request(call, authorization, watch), stream=True)
+        async with reading(response) as chunks:
+            received.status_code = response.status_code
+            received.headers = {name.lower(): value for name, value in response.headers.items()}
+            async for chunk in chunks:
+                received.body += chunk
+                if len(received.body) > MAX_ANSWER_BYTES:
+                    break
+
+    async def aclose(self) -> None:
+        """Close the client."""
+        await self._client.aclose()
+
+    def _request(self, call: ApiCall, authorization: str, trace: Trace) -> httpx.Request:
+        headers = httpx.Headers({"Authorization": authorization})
+        if call.content_type is not None:
+            headers["Content-Type"] = call.content_type
+            headers["Content-Length"] = str(call.content_length)
+        whole = b"".join(call.body) if call.content_length <= PIECE else None
+        request = self._client.build_request(
+            call.method, self._base_url + call.path, headers=headers, content=whole, extensions={"trace": trace}
+        )
+        pieces = _Pieces(call.body)
+        if whole is None:
+            return httpx.Request(
+                request.method, request.url, headers=request.headers, stream=pieces, extensions=request.extensions
+            )
+        # A small body can still be read off the request, as mocks do.
+        request.stream = pieces
+        return request
 
 
-class Pieces(httpx.AsyncByteStream):
-    """A body in pieces. No generator, as httpx has: trio complains of one that a broken connection leaves open."""
-
-    def __init__(self, body: tuple[bytes, ...]) -> None:
-        self._left = (part[at : at + PIECE] for part in body for at in range(0, len(part), PIECE))
-
-    def __aiter__(self) -> AsyncIterator[bytes]:
-        return self
-
-    async def __anext__(self) -> bytes:
-        for piece in self._left:
-            return piece
-        raise StopAsyncIteration
+class _Pieces(Pieces, httpx.AsyncByteStream):
+    """A body in pieces, as httpx takes it."""

@@ -174,6 +174,11 @@ class _Submit:
     async def run(self, stake: Stake) -> Paid:
         """Submit, again and again where that is safe, until it is paid, refused or unknown, or is to stop."""
         self._stake = stake
+        # Before anything is written down: an INTENT has a time limit, and a queue may be long.
+        async with self._submits.transport.turn():
+            return await self._run()
+
+    async def _run(self) -> Paid:
         try:
             known = await self._begin()
             if known is not None:

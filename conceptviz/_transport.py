@@ -1,40 +1,72 @@
 """The one place that speaks HTTP to the API: send, classify, retry.
 
 Rules: the key is added here and goes to the API's origin alone. Redirects are not followed, cookies and netrc are not
-used. No more requests are under way than there may be connections, so that none ever queues in httpx's pool. An error
-of the HTTP library becomes a sentence and is dropped: it holds the request, and the request holds the key.
+used. No more requests are under way than there may be connections, so that none ever queues in a pool. An error of the
+HTTP library becomes a sentence and is dropped: it holds the request, and the request holds the key.
+
+By itself the API is reached over connections of our own (`_connections`). Where the caller has a transport, where a
+proxy may be configured, or where something has put itself into httpx's transport, it is reached through httpx.
 """
 
 from __future__ import annotations
 
+import os
 import ssl
+import sys
 import zlib
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
 from random import Random
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import anyio
 import anyio.lowlevel
-import httpx
 from attrs import frozen
 
 from . import _calls, _wire
 from ._calls import ApiCall
 from ._config import Secret
-from ._errors import ConceptVizError, Credits, InvalidRequestError, NotSentError, PollInterruptedError, ServerError
+from ._errors import ConceptVizError, Credits, NotSentError, PollInterruptedError, ServerError
 from ._events import Event, Retrying
-from ._http import EXCHANGE_ERRORS, PIECE, LoopBound, Pieces, open_http_client, reading
+from ._exchange import Carrier, Kind, LoopBound, Received, Turns
 from ._json import MAX_ANSWER_BYTES
 from ._models import EditRequest, GenerateRequest, Retries, Submission, TaskState
+from ._pace import Pace
 from ._policy import SAFE_TO_READ_AGAIN, retry_delay
+from ._refusals import parse_retry_after
 from ._wire import Answer
+
+if TYPE_CHECKING:
+    import httpx
 
 # The step that a transport reports before it writes a request's head.
 _FIRST_BYTE = "send_request_headers.started"
-# The beginning of the step that it reports when it makes a connection, rather than using one that it has kept.
-_CONNECT = "connection.connect_"
-# Raised before a connection exists, whatever the transport is.
-_NEVER_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.UnsupportedProtocol, httpx.ProxyError)
+# The errors, by the names that httpx and httpcore share, that are raised before a connection exists.
+_NEVER_SENT = {"ConnectError", "ConnectTimeout", "PoolTimeout", "UnsupportedProtocol", "ProxyError"}
+
+
+@frozen(eq=False)
+class _Line:
+    """The way to the API in one event loop.
+
+    Attributes:
+        looks: What carries the looks, over connections that are kept.
+        submits: What carries the submits. Each has a connection of its own: one that was used before may be closing, or
+            may still hold an answer to somebody else's request, and a submit that meets either cannot be told from one
+            that was charged.
+        turns: Who may have a request under way.
+        paces: How fast requests of a kind may follow each other.
+    """
+
+    looks: Carrier
+    submits: Carrier
+    turns: Turns
+    paces: Mapping[Kind, Pace]
+
+    async def aclose(self) -> None:
+        await self.looks.aclose()
+        await self.submits.aclose()
 
 
 @frozen
@@ -90,25 +122,58 @@ class Transport:
         self._retries = retries
         self._emit = emit
         self._rng = rng
-        try:
-            self._host = httpx.URL(base_url).host
-        except (httpx.InvalidURL, UnicodeError):  # the first for most, the second for a bad "xn--" label
-            message = "The base URL's host is not one that can be connected to. Nothing was sent."
-            raise InvalidRequestError(message) from None
-        tls = base_url.startswith("https:")
+        self._max_connections = max_connections
+        self._given = transport
+        self._host = urlsplit(base_url).hostname
+        self._line = LoopBound(self._open, _Line.aclose)
+
+    def _open(self) -> _Line:
+        kinds: tuple[Kind, ...] = ("submit", "look")
+        return _Line(
+            self._carrier(keep_alive=True),
+            self._carrier(keep_alive=False),
+            Turns(self._max_connections),
+            {kind: Pace() for kind in kinds},
+        )
+
+    def _carrier(self, *, keep_alive: bool) -> Carrier:
+        # Without TLS the host is this machine, and a proxy would be handed the key.
+        tls = self._base_url.startswith("https:")
+        is_changed = _is_httpx_changed()
+        if self._given is None and _may_go_direct(is_changed, tls):
+            from ._connections import Connections
+
+            context = None
+            if tls:
+                from ._http import ssl_context
+
+                context = ssl_context()
+            return Connections(self._base_url, context=context, timeout=self._timeout, keep_alive=keep_alive)
+        # httpx takes longer to import than all the rest: it is for those who need it.
+        from ._http import ThroughHttpx, is_own_transport, open_http_client
+
+        client = open_http_client(
+            self._given,
+            timeout=self._timeout,
+            max_connections=self._max_connections,
+            keep_alive=keep_alive,
+            tls=tls,
+            proxies=tls,
+        )
         # Only httpx's own transport is known to say when it is about to send; what is made of it may not.
-        self._is_traced = transport is None or type(transport) is httpx.AsyncHTTPTransport
+        is_traced = not is_changed and is_own_transport(self._given)
+        return ThroughHttpx(self._base_url, client, is_traced=is_traced)
 
-        def open_client(keep_alive: bool) -> httpx.AsyncClient:
-            # Without TLS the host is this machine, and a proxy would be handed the key.
-            return open_http_client(
-                transport, timeout=timeout, max_connections=max_connections, keep_alive=keep_alive, tls=tls, proxies=tls
-            )
-
-        self._looks = LoopBound(lambda: open_client(keep_alive=True), max_connections)
-        # Each submit has a connection of its own: one that was used before may be closing, or may still hold an answer
-        # to somebody else's request, and a submit that meets either cannot be told from one that was charged.
-        self._submits = LoopBound(lambda: open_client(keep_alive=False), max_connections)
+    @asynccontextmanager
+    async def turn(self) -> AsyncIterator[None]:
+        """Wait until a submit may be under way, and hold its place."""
+        turns = self._line.get().turns
+        await anyio.lowlevel.checkpoint()  # nothing is begun for a caller who is cancelled already
+        await turns.take("submit")
+        try:
+            yield
+        finally:
+            turns.give_back("submit")
 
     async def submit(
         self,
@@ -116,7 +181,7 @@ class Transport:
         request: GenerateRequest | EditRequest,
         before_first_byte: Callable[[], Awaitable[None]],
     ) -> Submission:
-        """Send a submit, once.
+        """Send a submit, once. The caller has a turn.
 
         Args:
             call: The submit.
@@ -129,7 +194,10 @@ class Transport:
             APIStatusError: It was refused.
             GenerationFailedError: It failed at once, documented as refunded.
         """
-        answer = await self._exchange(call, self._submits, [], before_first_byte)
+        line = self._line.get()
+        await _keep(line.paces["submit"])
+        answer = await self._exchange(call, line.submits, Received(), before_first_byte)
+        self._learn(line.paces["submit"], answer)
         if isinstance(answer, Answer):
             return _wire.parse_submission(answer, request)
         if answer.sent:
@@ -146,24 +214,28 @@ class Transport:
             APIStatusError: The service answered with an error status.
             UnexpectedResponseError: The answer is not the documented shape.
         """
-        steps: list[str] = []
+        line, received = self._line.get(), Received()
         try:
-            state = await self._look_over(self._looks, steps, task_id, prompts)
-            if not state.is_terminal or self._was_new(steps):
+            state = await self._look_over(line, line.looks, received, task_id, prompts)
+            if not state.is_terminal or received.is_certain:
                 return state
         except ConceptVizError as error:
-            if isinstance(error, SAFE_TO_READ_AGAIN) or self._was_new(steps):
+            if isinstance(error, SAFE_TO_READ_AGAIN) or received.is_certain:
                 raise
         # A connection that was used before may still hold an answer to somebody else's request, and an answer does not
         # say which task it is about: what would end the wait is asked for again over a connection of its own.
-        return await self._look_over(self._submits, [], task_id, prompts)
+        return await self._look_over(line, line.submits, Received(), task_id, prompts)
 
-    def _was_new(self, steps: list[str]) -> bool:
-        """Say whether an exchange had a connection of its own, as far as one can tell."""
-        return not self._is_traced or any(step.startswith(_CONNECT) for step in steps)
-
-    async def _look_over(self, over: LoopBound, steps: list[str], task_id: str, prompts: tuple[str, ...]) -> TaskState:
-        answer = await self._exchange(_calls.build_look(task_id), over, steps)
+    async def _look_over(
+        self, line: _Line, carrier: Carrier, received: Received, task_id: str, prompts: tuple[str, ...]
+    ) -> TaskState:
+        await _keep(line.paces["look"])
+        await line.turns.take("look")
+        try:
+            answer = await self._exchange(_calls.build_look(task_id), carrier, received)
+        finally:
+            line.turns.give_back("look")
+        self._learn(line.paces["look"], answer)
         if isinstance(answer, Answer):
             return _wire.parse_task(answer, task_id, prompts)
         raise PollInterruptedError(
@@ -204,57 +276,46 @@ class Transport:
 
     async def aclose(self) -> None:
         """Close the connections."""
-        await self._looks.aclose()
-        await self._submits.aclose()
+        await self._line.aclose()
 
     async def _exchange(
         self,
         call: ApiCall,
-        connections: LoopBound,
-        steps: list[str],
+        carrier: Carrier,
+        received: Received,
         before_first_byte: Callable[[], Awaitable[None]] | None = None,
     ) -> Answer | _Unanswered:
-        """Send one request and read its answer to the end, within the timeout; `steps` takes what is reported of it."""
-        client, limiter = connections.get()
-        received: dict[str, Any] = {}
+        """Send one request and read its answer to the end, within the timeout."""
+        steps: list[str] = []
         reason = ""
-        never_sent = not self._is_traced
+        never_sent = not carrier.is_traced
         refused_by = None
 
         async def trace(step: str, info: Mapping[str, Any]) -> None:
             is_first = step.endswith(_FIRST_BYTE) and not any(earlier.endswith(_FIRST_BYTE) for earlier in steps)
             if is_first and getattr(info.get("request"), "method", None) == b"CONNECT":
                 return  # to a proxy, which has not seen the request yet
-            if is_first and before_first_byte is not None and self._is_traced:
+            if is_first and before_first_byte is not None and carrier.is_traced:
                 await before_first_byte()
             steps.append(step)
 
-        async with limiter:
-            with anyio.move_on_after(self._timeout) as scope:
-                if before_first_byte is not None and not self._is_traced:
+        with anyio.move_on_after(self._timeout) as scope:
+            try:
+                if before_first_byte is not None and not carrier.is_traced:
                     await before_first_byte()
                 never_sent = False
-                try:
-                    request = self._request(client, call, trace)
-                    response = await client.send(request, stream=True)
-                    async with reading(response) as chunks:
-                        received["status_code"] = response.status_code
-                        received["headers"] = {k.lower(): v for k, v in response.headers.items()}
-                        body = received["body"] = bytearray()
-                        async for chunk in chunks:
-                            body += chunk
-                            if len(body) > MAX_ANSWER_BYTES:
-                                break
-                except EXCHANGE_ERRORS as error:
-                    refused_by = _refused_by(error)
-                    reason = _reason(error) if refused_by is None else f"TLS was refused ({refused_by})"
-                    never_sent = isinstance(error, _NEVER_SENT)
-                except anyio.get_cancelled_exc_class() as error:
-                    # It comes up through frames of the HTTP library that hold the key.
-                    raise error.with_traceback(None)  # noqa: B904 - it is the same error
+                watch = None if before_first_byte is None else trace
+                await carrier.exchange(call, f"Bearer {self._key.reveal()}", received, watch)
+            except carrier.errors as error:
+                refused_by = _refused_by(error)
+                reason = _reason(error) if refused_by is None else f"TLS was refused ({refused_by})"
+                never_sent = not _NEVER_SENT.isdisjoint(_kinds(error))
+            except BaseException as error:  # noqa: BLE001 - it is raised again
+                # It comes up through frames of the HTTP library that hold the key.
+                raise error.with_traceback(None)  # noqa: B904 - it is the same error
         if scope.cancelled_caught:
             reason = f"no whole answer came within {self._timeout:g} s"
-        answer = self._answer(received) if received else None
+        answer = self._answer(received) if received.status_code else None
         if answer is not None and not reason:
             return answer
         # The line between "not sent" and "may have been sent" is the first byte of the request's head. The transports
@@ -263,30 +324,50 @@ class Transport:
         last_step = next((s for s in reversed(steps) if s.endswith(".started") and "close" not in s), None)
         return _Unanswered(reason, sent, answer, last_step, refused_by)
 
-    def _request(self, client: httpx.AsyncClient, call: ApiCall, trace: Any) -> httpx.Request:
-        headers = httpx.Headers({"Authorization": f"Bearer {self._key.reveal()}"})
-        if call.content_type is not None:
-            headers["Content-Type"] = call.content_type
-            headers["Content-Length"] = str(call.content_length)
-        whole = b"".join(call.body) if call.content_length <= PIECE else None
-        request = client.build_request(
-            call.method, self._base_url + call.path, headers=headers, content=whole, extensions={"trace": trace}
-        )
-        pieces = Pieces(call.body)
-        if whole is None:
-            return httpx.Request(
-                request.method, request.url, headers=request.headers, stream=pieces, extensions=request.extensions
-            )
-        # A small body can still be read off the request, as mocks do.
-        request.stream = pieces
-        return request
+    def _learn(self, pace: Pace, answer: Answer | _Unanswered) -> None:
+        if isinstance(answer, Answer) and answer.status_code == 429:
+            asked = parse_retry_after(answer.headers) or 0.0
+            pace.refused(anyio.current_time(), min(asked, self._retries.max_retry_after))
+        else:
+            pace.answered()
 
-    def _answer(self, received: dict[str, Any]) -> Answer:
+    def _answer(self, received: Received) -> Answer:
         """Make the answer, without the key should the service have repeated it."""
         key = self._key.reveal()
-        headers = {name: value.replace(key, repr(self._key)) for name, value in received["headers"].items()}
-        body = _decoded(bytes(received.get("body", b"")), headers.get("content-encoding", ""))
-        return Answer(received["status_code"], headers, body.replace(key.encode(), repr(self._key).encode()))
+        headers = {name: value.replace(key, repr(self._key)) for name, value in received.headers.items()}
+        body = _decoded(bytes(received.body), headers.get("content-encoding", ""))
+        return Answer(received.status_code, headers, body.replace(key.encode(), repr(self._key).encode()))
+
+
+async def _keep(pace: Pace) -> None:
+    """Wait for the next slot of a pace."""
+    while (delay := pace.book(anyio.current_time())) > 0:
+        await anyio.sleep(delay)
+        if not pace.is_paused(anyio.current_time()):
+            return
+
+
+def _is_httpx_changed() -> bool:
+    """Say whether something has put itself into httpx's own transport; if httpx was never imported, nothing has."""
+    if "httpx" not in sys.modules:
+        return False
+    from ._http import is_instrumented
+
+    return is_instrumented()
+
+
+def _may_go_direct(is_httpx_changed: bool, tls: bool) -> bool:
+    """Say whether nothing may stand before the API that only httpx knows: an instrumentation, or a proxy."""
+    return not is_httpx_changed and not (tls and _may_have_proxy())
+
+
+def _may_have_proxy() -> bool:
+    """Say whether a proxy may be configured; httpx knows for which hosts."""
+    if sys.platform in {"darwin", "win32"}:
+        from urllib.request import getproxies
+
+        return bool(getproxies())
+    return any(value and name.lower().endswith("_proxy") for name, value in os.environ.items())
 
 
 def _decoded(body: bytes, encoding: str) -> bytes:
@@ -307,15 +388,23 @@ def _refused_by(error: BaseException | None) -> ssl.SSLError | None:
     return type(error)(*error.args) if isinstance(error, ssl.SSLError) else None
 
 
+def _kinds(error: BaseException) -> list[str]:
+    """Return the names of an error's classes, the closest first: httpx has its own by the names of httpcore's."""
+    return [cls.__name__ for cls in type(error).__mro__]
+
+
+_REASONS = {
+    "ConnectTimeout": "no connection was made in time",
+    "ConnectError": "no connection could be made",
+    "ProxyError": "the proxy made no connection",
+    "PoolTimeout": "no connection was free in time",
+    "TimeoutException": "the connection fell silent",
+    "RemoteProtocolError": "the connection ended or was garbled",
+    "NetworkError": "the connection broke",
+}
+
+
 def _reason(error: Exception) -> str:
     """Say what happened in our own words: the library's may hold a header's value."""
-    kinds: list[tuple[type[Exception], str]] = [
-        (httpx.ConnectTimeout, "no connection was made in time"),
-        (httpx.ConnectError, "no connection could be made"),
-        (httpx.ProxyError, "the proxy made no connection"),
-        (httpx.PoolTimeout, "no connection was free in time"),
-        (httpx.TimeoutException, "the connection fell silent"),
-        (httpx.RemoteProtocolError, "the connection ended or was garbled"),
-        (httpx.NetworkError, "the connection broke"),
-    ]
-    return next((text for kind, text in kinds if isinstance(error, kind)), f"it failed ({type(error).__name__})")
+    known = (_REASONS[name] for name in _kinds(error) if name in _REASONS)
+    return next(known, f"it failed ({type(error).__name__})")

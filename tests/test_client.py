@@ -471,7 +471,7 @@ async def test_a_client_can_be_closed_while_it_is_used() -> None:
 
 def test_making_a_client_does_no_io_and_takes_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """No certificates are read, no socket is opened: a client may be made at import time."""
-    _http._ssl_context.cache_clear()
+    _http.ssl_context.cache_clear()
     monkeypatch.setattr(httpx, "create_ssl_context", None)
     monkeypatch.setattr(time, "sleep", None)
     AsyncConceptViz(KEY, polling=Polling(), retries=Retries())

@@ -53,7 +53,7 @@ def _trusting(authority: trustme.CA, monkeypatch: pytest.MonkeyPatch) -> ssl.SSL
     """Have the client trust one authority of our own; return its context."""
     context = ssl.create_default_context()
     authority.configure_trust(context)
-    monkeypatch.setattr(_http, "_ssl_context", lambda: context)
+    monkeypatch.setattr(_http, "ssl_context", lambda: context)
     return context
 
 

@@ -881,7 +881,7 @@ async def test_the_ssl_context_is_made_once(monkeypatch: pytest.MonkeyPatch) -> 
         return made[-1]
 
     monkeypatch.setattr(httpx, "create_ssl_context", make)
-    _http._ssl_context.cache_clear()
+    _http.ssl_context.cache_clear()
     for _ in range(3):
         async with AsyncConceptViz(KEY, base_url="https://127.0.0.1:9/api/v1", retries=Retries(attempts=1)) as cv:
             with pytest.raises(NotSentError):

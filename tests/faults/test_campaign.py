@@ -279,12 +279,14 @@ def open_clients_with(where: str, change: Callable[[httpx.AsyncClient], None]) -
             change(client)
             return client
 
+        monkeypatch.setattr("conceptviz._transport._may_go_direct", lambda *_: False)
         monkeypatch.setattr(f"conceptviz.{where}.open_http_client", open_changed)
 
     return sabotage
 
 
 def tell_the_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("conceptviz._transport._may_go_direct", lambda *_: False)
     monkeypatch.setattr("conceptviz._transport._reason", lambda error: f"{error.request.headers.raw}")
 
 
@@ -293,6 +295,7 @@ def log_the_request(monkeypatch: pytest.MonkeyPatch) -> None:
         logging.getLogger("anywhere").debug("%s", error.request.headers.raw)
         return "it failed"
 
+    monkeypatch.setattr("conceptviz._transport._may_go_direct", lambda *_: False)
     monkeypatch.setattr("conceptviz._transport._reason", log)
 
 
@@ -349,7 +352,7 @@ def keep_the_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def believe_kept_connections(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("conceptviz._transport.Transport._was_new", lambda *_: True)
+    monkeypatch.setattr("conceptviz._connections._holds_nothing_more", lambda _: True)
 
 
 def read_nothing_unusual(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -374,7 +377,7 @@ def read_nothing_unusual(monkeypatch: pytest.MonkeyPatch) -> None:
         (keep_the_refused, of("semantic", "refused"), {"forgotten credits"}),
         (believe_kept_connections, has_an_answer_too_many, {"false failures"}),
         (
-            open_clients_with("_transport", lambda client: setattr(client, "follow_redirects", True)),
+            open_clients_with("_http", lambda client: setattr(client, "follow_redirects", True)),
             of("headers", "redirects"),
             {"redirects followed"},
         ),

@@ -1,0 +1,223 @@
+"""Connections to the API of our own, on httpcore: a few that are kept, without a pool that looks through them all.
+
+Rules: one exchange at a time on each. A kept connection is used again only if what came over it was one answer and not
+a byte more, and if nothing has come since: what is read next can then only answer what is asked next. What must never
+live here: the key beyond the one request that carries it, a decision about what is sent again.
+"""
+
+from __future__ import annotations
+
+import re
+import ssl
+from collections.abc import Iterable
+from typing import Any
+from urllib.parse import urlsplit
+
+import anyio
+import httpcore
+
+from ._calls import ApiCall
+from ._exchange import USER_AGENT, Pieces, Received, Trace, finish
+from ._json import MAX_ANSWER_BYTES
+
+# Seconds after which an idle connection is not used again: common servers keep theirs for a minute or so.
+_IDLE_SECONDS = 30.0
+_LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*([0-9]+)[ \t]*\r\n")
+_CHUNKED = re.compile(rb"\r\ntransfer-encoding:[ \t]*chunked[ \t]*\r\n")
+
+
+class Connections:
+    """Connections to one origin, in one event loop: the one that was used last is used next, so that few are open.
+
+    Args:
+        base_url: A checked base URL.
+        context: What TLS is spoken with, or None for http.
+        timeout: Seconds that any single step may take; the whole is bounded by the caller's cancel scope.
+        keep_alive: Whether a connection serves more than one request.
+    """
+
+    errors: tuple[type[Exception], ...] = (
+        httpcore.TimeoutException,
+        httpcore.NetworkError,
+        httpcore.ProtocolError,
+        httpcore.UnsupportedProtocol,
+        UnicodeError,  # for a host that is no name
+    )
+    is_traced = True
+
+    def __init__(self, base_url: str, *, context: ssl.SSLContext | None, timeout: float, keep_alive: bool) -> None:
+        parts = urlsplit(base_url)
+        assert parts.hostname is not None  # it was checked
+        scheme, host = parts.scheme.encode(), parts.hostname.encode()
+        self._origin = httpcore.Origin(scheme, host, parts.port or (443 if scheme == b"https" else 80))
+        self._url = (scheme, host, parts.port)
+        self._path = parts.path
+        self._context = context
+        self._keep_alive = keep_alive
+        # TCP and TLS have half each: httpcore closes a socket that is late by its own clock, and drops one that is
+        # cancelled, as it would be by the bound on the whole.
+        self._timeouts = {"connect": timeout / 2, "read": timeout, "write": timeout}
+        self._headers = [
+            (b"Host", parts.netloc.encode()),
+            (b"Accept", b"*/*"),
+            (b"Accept-Encoding", b"identity"),
+            (b"User-Agent", USER_AGENT.encode()),
+        ]
+        self._idle: list[httpcore.AsyncHTTPConnection] = []
+        self._busy: set[httpcore.AsyncHTTPConnection] = set()
+
+    async def exchange(self, call: ApiCall, authorization: str, received: Received, trace: Trace | None) -> None:
+        """Send a request and read its answer, up to the size that an answer may have, into `received`.
+
+        Raises:
+            Exception: One of `errors`.
+        """
+        request = self._request(call, authorization, trace)
+        connection = await self._connection()
+        self._busy.add(connection)
+        is_whole = False
+        try:
+            response = await connection.handle_async_request(request)
+            received.status_code = response.status
+            received.headers = {k.decode("latin-1").lower(): v.decode("latin-1") for k, v in response.headers}
+            chunks = aiter(response.aiter_stream())
+            try:
+                async for chunk in chunks:
+                    received.body += chunk
+                    if len(received.body) > MAX_ANSWER_BYTES:
+                        break
+                else:
+                    is_whole = True
+            finally:
+                if not is_whole:
+                    with anyio.CancelScope(shield=True), anyio.move_on_after(1):
+                        await finish(chunks, self.errors)
+            await response.aclose()
+            is_whole = is_whole and self._keep_alive and _holds_nothing_more(response.extensions.get("network_stream"))
+        finally:
+            self._busy.discard(connection)
+            if is_whole and connection.is_idle():
+                self._idle.append(connection)
+            else:
+                with anyio.CancelScope(shield=True), anyio.move_on_after(1):
+                    await connection.aclose()
+
+    async def aclose(self) -> None:
+        """Close the connections; what is under way on them ends with an error."""
+        for connection in [*self._idle, *self._busy]:
+            await connection.aclose()
+        self._idle.clear()
+
+    async def _connection(self) -> httpcore.AsyncHTTPConnection:
+        while self._idle:
+            connection = self._idle.pop()
+            # Also true when there is something to read: the end of the connection, or what nobody has asked for.
+            if not connection.has_expired():
+                return connection
+            with anyio.CancelScope(shield=True), anyio.move_on_after(1):
+                await connection.aclose()
+        return httpcore.AsyncHTTPConnection(
+            self._origin, self._context, keepalive_expiry=_IDLE_SECONDS, network_backend=_Backend()
+        )
+
+    def _request(self, call: ApiCall, authorization: str, trace: Trace | None) -> httpcore.Request:
+        headers = [*self._headers, (b"Authorization", authorization.encode())]
+        if call.content_type is not None:
+            length = b"%d" % call.content_length
+            headers += [(b"Content-Type", call.content_type.encode()), (b"Content-Length", length)]
+        extensions: dict[str, Any] = {"timeout": self._timeouts}
+        if trace is not None:
+            extensions["trace"] = trace
+        scheme, host, port = self._url
+        url = httpcore.URL(scheme=scheme, host=host, port=port, target=(self._path + call.path).encode())
+        return httpcore.Request(call.method, url, headers=headers, content=Pieces(call.body), extensions=extensions)
+
+
+class _Backend(httpcore.AsyncNetworkBackend):
+    """httpcore's own way to the network, with an ear at it."""
+
+    def __init__(self) -> None:
+        self._backend = httpcore.AnyIOBackend()
+
+    async def connect_tcp(
+        self,
+        host: str,
+        port: int,
+        timeout: float | None = None,
+        local_address: str | None = None,
+        socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
+    ) -> httpcore.AsyncNetworkStream:
+        return _Tap(await self._backend.connect_tcp(host, port, timeout, local_address, socket_options))
+
+
+class _Tap(httpcore.AsyncNetworkStream):
+    """A stream that remembers what came over it since something was last written to it."""
+
+    def __init__(self, stream: httpcore.AsyncNetworkStream) -> None:
+        self._stream = stream
+        self.came = bytearray()
+
+    async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+        data = await self._stream.read(max_bytes, timeout)
+        if len(self.came) <= MAX_ANSWER_BYTES:  # a longer answer is not read to its end
+            self.came += data
+        return data
+
+    async def write(self, buffer: bytes, timeout: float | None = None) -> None:
+        self.came.clear()
+        await self._stream.write(buffer, timeout)
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
+
+    async def start_tls(
+        self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
+    ) -> httpcore.AsyncNetworkStream:
+        return _Tap(await self._stream.start_tls(ssl_context, server_hostname, timeout))
+
+    def get_extra_info(self, info: str) -> Any:
+        return self._stream.get_extra_info(info)
+
+
+def _holds_nothing_more(stream: object) -> bool:
+    """Say whether what came over a connection was one answer and not a byte more."""
+    if not isinstance(stream, _Tap):
+        return False
+    came = bytes(stream.came)
+    if _answer_length(came) != len(came):
+        return False
+    tls = stream.get_extra_info("ssl_object")
+    if tls is None:
+        return True
+    # More may lie between the socket and us: deciphered on demand only, and on no descriptor to be seen.
+    try:
+        tls.read(1)
+    except ssl.SSLWantReadError:
+        return True
+    except ssl.SSLError:
+        return False
+    return False
+
+
+def _answer_length(came: bytes) -> int | None:
+    """Return where the answer ends that these bytes begin with, or None where that is not plain to see.
+
+    httpcore has read it as HTTP already: this is only to find its end.
+    """
+    head, found, _ = came.partition(b"\r\n\r\n")
+    start = len(head) + len(found)
+    head = head.lower() + b"\r\n"
+    if not found or head[8:10] == b" 1":
+        return None
+    length = _LENGTH.search(head)
+    if _CHUNKED.search(head) is None:
+        return start + int(length[1]) if length is not None else None
+    try:
+        while True:
+            line, _, _ = came[start : start + 64].partition(b"\r\n")
+            size = int(line.partition(b";")[0], 16)
+            start += len(line) + 2 + size + 2
+            if size == 0:
+                return start
+    except ValueError:
+        return None
