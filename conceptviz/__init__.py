@@ -41,19 +41,8 @@ if TYPE_CHECKING:
     )
     from ._events import Completed, Differed, Event, EventHook, Failed, Polled, Retrying, Saved, Submitted
     from ._journal import Journal
-    from ._models import (
-        EditRequest,
-        GenerateRequest,
-        Image,
-        ImageInput,
-        Polling,
-        Prompts,
-        Result,
-        Retries,
-        Submission,
-        TaskState,
-        Unchecked,
-    )
+    from ._models import Image, Outcome, Polling, Result, Retries, Submission, TaskState
+    from ._requests import EditRequest, GenerateRequest, ImageInput, Prompts, Unchecked
     from ._spec import AspectRatio, Model, Quality
     from ._sync import ConceptViz
     from ._sync_task import Task
@@ -92,6 +81,7 @@ __all__ = [
     "Model",
     "ModerationBlockedError",
     "NotSentError",
+    "Outcome",
     "PlanError",
     "PlanLimitExceededError",
     "PollInterruptedError",
@@ -127,19 +117,8 @@ _HOMES = {
     "_sync": {"ConceptViz"},
     "_sync_task": {"Task"},
     "_events": {"Completed", "Differed", "Event", "EventHook", "Failed", "Polled", "Retrying", "Saved", "Submitted"},
-    "_models": {
-        "EditRequest",
-        "GenerateRequest",
-        "Image",
-        "ImageInput",
-        "Polling",
-        "Prompts",
-        "Result",
-        "Retries",
-        "Submission",
-        "TaskState",
-        "Unchecked",
-    },
+    "_models": {"Image", "Outcome", "Polling", "Result", "Retries", "Submission", "TaskState"},
+    "_requests": {"EditRequest", "GenerateRequest", "ImageInput", "Prompts", "Unchecked"},
 }
 
 

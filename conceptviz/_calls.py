@@ -18,7 +18,7 @@ from attrs import field, frozen
 from . import _spec
 from ._errors import InvalidRequestError
 from ._images import ImageFormat
-from ._models import EditRequest, GenerateRequest
+from ._requests import EditRequest, GenerateRequest
 
 _TASK_ID = re.compile(_spec.TASK_ID_CHARACTERS)
 

@@ -1,48 +1,31 @@
 """AsyncConceptViz: the public face of all the rest.
 
-What lives here: the public methods, each a few lines that put the other modules together. What must never live here: a
+What lives here: the public methods, each a few lines that put the parts of `_core` to use. What must never live here: a
 decision about money or time (`_policy`), a JSON key (`_wire`), HTTP (`_transport`, `_downloads`).
 """
 
 from __future__ import annotations
 
-import inspect
 import logging
 import os
 from collections.abc import Callable, Iterable
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
-from random import Random
 from typing import TYPE_CHECKING, overload
-from urllib.parse import urlsplit
 
 import anyio
-from anyio import to_thread
 
-from ._budget import Budget, resolve_budget
+from ._budget import Budget
 from ._calls import ApiCall, build_generate, check_task_id
-from ._config import check_limits, is_loopback, resolve_api_key, resolve_base_url
-from ._errors import InvalidRequestError
-from ._events import Event, EventHook, Saved
+from ._core import Core
+from ._events import EventHook, Saved
 from ._files import check_folder
-from ._journal import Journal, resolve_journal
-from ._models import (
-    EditRequest,
-    GenerateRequest,
-    Image,
-    ImageInput,
-    Polling,
-    Prompts,
-    Result,
-    Retries,
-    Submission,
-    estimate,
-)
-from ._poller import Poller
+from ._journal import Journal
+from ._models import Image, Polling, Result, Retries, Submission
+from ._requests import EditRequest, GenerateRequest, ImageInput, Prompts, estimate
 from ._spec import AspectRatio, Model, Quality
-from ._submits import Paid, Submits
+from ._submits import Paid
 from ._task import AsyncTask
-from ._transport import Transport
 from ._uploads import build_edit_call
 
 if TYPE_CHECKING:
@@ -51,7 +34,6 @@ if TYPE_CHECKING:
     import httpx
     from typing_extensions import Self
 
-    from ._downloads import Downloads
 
 logger = logging.getLogger("conceptviz")
 
@@ -101,55 +83,21 @@ class AsyncConceptViz:
         on_event: EventHook | None = None,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
-        check_limits(timeout, max_connections)
-        self._base_url = resolve_base_url(base_url)
-        self._on_event = on_event
-        rng = Random()  # noqa: S311 - it spreads pauses, and guards nothing
-        secret = resolve_api_key(api_key)
-        self._transport = Transport(
-            secret,
-            self._base_url,
+        self._core = Core(
+            api_key,
+            base_url=base_url,
             timeout=timeout,
+            polling=polling,
             retries=retries,
             max_connections=max_connections,
+            budget=budget,
+            journal=journal,
+            on_event=on_event,
             transport=transport,
-            emit=self._emit,
-            rng=rng,
         )
-        self._journal = resolve_journal(journal)
-        self._owns_journal = self._journal is not journal
-        self._submits = Submits(
-            self._transport,
-            retries,
-            resolve_budget(budget),
-            self._journal,
-            account=secret.fingerprint(),
-            base_url=self._base_url,
-            timeout=timeout,
-            emit=self._emit,
-            rng=rng,
-        )
-        self._poller = Poller(self._transport, polling, retries, self._emit, rng)
-
-        def open_downloads() -> Downloads:
-            from ._downloads import Downloads  # httpx is loaded by those who fetch an image
-
-            return Downloads(
-                look=lambda task_id: self._transport.look_patiently(task_id, ()),
-                timeout=timeout,
-                retries=retries,
-                max_connections=max_connections,
-                transport=transport,
-                allow_loopback=is_loopback(urlsplit(self._base_url).hostname or ""),
-                emit=self._emit,
-                rng=rng,
-            )
-
-        self._open_downloads = open_downloads
-        self._is_closed = False
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self._base_url}>"
+        return f"<{type(self).__name__} {self._core.base_url}>"
 
     async def __aenter__(self) -> Self:
         return self
@@ -161,13 +109,7 @@ class AsyncConceptViz:
 
     async def aclose(self) -> None:
         """Close the connections. Tasks go on at the service, and keep their ids."""
-        with anyio.CancelScope(shield=True):
-            await self._transport.aclose()
-            self._is_closed = True
-            if "_downloads" in vars(self):
-                await self._downloads.aclose()
-            if self._owns_journal and self._journal is not None:
-                await to_thread.run_sync(self._journal.close)
+        await self._core.aclose()
 
     async def submit(
         self,
@@ -387,7 +329,7 @@ class AsyncConceptViz:
 
         Source: "Response (completed)".
         """
-        return await self._downloads.read(image)
+        return await self._core.downloads.read(image)
 
     def estimate(
         self, prompts_or_count: Prompts | int, *, model: Model | None = None, quality: Quality | None = None
@@ -409,7 +351,7 @@ class AsyncConceptViz:
     @property
     def credits_remaining(self) -> int | None:
         """The credits left in the account as of the last answer that said so, or None: there is no way to ask."""
-        return self._submits.credits_remaining
+        return self._core.submits.credits_remaining
 
     async def resume(self) -> list[AsyncTask]:
         """Take up what the journal knows as paid for and not ended, by this account at this API. Costs nothing.
@@ -425,32 +367,22 @@ class AsyncConceptViz:
 
         Source: "Step 2: Poll for Results".
         """
-        return [self._task(paid) for paid in await self._submits.unended()]
-
-    @cached_property
-    def _downloads(self) -> Downloads:
-        if self._is_closed:
-            raise InvalidRequestError("The client is closed: make a new one. Nothing was sent.")
-        return self._open_downloads()
+        return [self._task(paid) for paid in await self._core.submits.unended()]
 
     async def _submit(self, call: ApiCall, request: GenerateRequest | EditRequest) -> AsyncTask:
-        return self._task(await self._submits.submit(call, request))
+        return self._task(await self._core.submits.submit(call, request))
 
     def _resumed(self, task_id: str, submission: Submission | None) -> AsyncTask:
-        return AsyncTask(self._poller, task_id, submission, settle=partial(self._submits.end, reservation=None))
+        return AsyncTask(
+            self._core.poller, task_id, submission, settle=partial(self._core.submits.end, reservation=None)
+        )
 
     def _task(self, paid: Paid) -> AsyncTask:
-        settle = partial(self._submits.end, reservation=paid.reservation)
+        settle = partial(self._core.submits.end, reservation=paid.reservation)
         accepted_at = anyio.current_time() if paid.is_new else None
-        return AsyncTask(self._poller, paid.submission.task_id, paid.submission, accepted_at, settle, paid.end)
+        return AsyncTask(self._core.poller, paid.submission.task_id, paid.submission, accepted_at, settle, paid.end)
 
     async def _save(self, image: Image, folder: Path, overwrite: bool) -> Path:
-        path = await self._downloads.save(image, folder, overwrite=overwrite)
-        await self._emit(Saved(task_id=image.task_id, image=image, path=path))
+        path = await self._core.downloads.save(image, folder, overwrite=overwrite)
+        await self._core.emit(Saved(task_id=image.task_id, image=image, path=path))
         return path
-
-    async def _emit(self, event: Event) -> None:
-        if self._on_event is not None:
-            outcome = self._on_event(event)
-            if inspect.isawaitable(outcome):
-                await outcome

@@ -13,7 +13,8 @@ from typing import Any, TypeAlias
 from attrs import frozen
 
 from ._errors import ConceptVizError
-from ._models import EditRequest, GenerateRequest, Image, Result, Submission, TaskState
+from ._models import Image, Result, Submission, TaskState
+from ._requests import EditRequest, GenerateRequest
 
 
 @frozen(kw_only=True)

@@ -374,10 +374,10 @@ class Journal:
             )
 
 
-def resolve_journal(journal: Journal | str | os.PathLike[str] | None) -> Journal | None:
+def resolve_journal(journal: Journal | str | os.PathLike[str]) -> Journal:
     """Return a client's journal, opened if it was given as a file.
 
     Raises:
         JournalError: It cannot be used.
     """
-    return Journal(journal) if journal is not None and not isinstance(journal, Journal) else journal
+    return journal if isinstance(journal, Journal) else Journal(journal)

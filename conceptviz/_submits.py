@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import itertools
 import logging
-import sys
 import time
 from collections.abc import Awaitable, Callable
 from random import Random
-from typing import TypeVar
 
 import anyio
 from anyio import to_thread
@@ -23,6 +21,7 @@ from attrs import define, evolve, field, frozen
 
 from ._budget import Budget, Reservation
 from ._calls import ApiCall, fingerprint
+from ._detached import GRACE, Stake, to_the_end
 from ._errors import (
     ConceptVizError,
     Credits,
@@ -34,17 +33,15 @@ from ._errors import (
 )
 from ._events import Event, Retrying, Submitted, differences
 from ._journal import AttemptState, Claim, Journal, JournalEntry
-from ._models import EditRequest, GenerateRequest, Retries, Submission, TaskState
+from ._models import Retries, Submission, TaskState
 from ._policy import retry_delay
+from ._requests import EditRequest, GenerateRequest
 from ._spec import STATUS_FAILED
 from ._transport import Transport
 from ._wire import read_receipt, read_state
 
-T = TypeVar("T")
 logger = logging.getLogger("conceptviz")
 
-# Seconds that a submit under way is still given after its caller was cancelled: its answer holds the id of paid work.
-GRACE = 10.0
 # Seconds between two looks into the journal for what another caller's submit of the same key has come to.
 _JOURNAL_PAUSE = 0.1
 
@@ -93,6 +90,7 @@ class Submits:
     emit: Callable[[Event], Awaitable[None]]
     rng: Random
     credits_remaining: int | None = None
+    _under_way: set[_Submit] = field(factory=set, init=False)
 
     async def submit(self, call: ApiCall, request: GenerateRequest | EditRequest) -> Paid:
         """Pay for a piece of work, or find that it is paid for, and tell the hook what came of it.
@@ -106,6 +104,7 @@ class Submits:
             GenerationFailedError: The service failed at once.
         """
         submit = _Submit(self, call, request)
+        self._under_way.add(submit)
         try:
             paid = await to_the_end(submit.run)
             if paid.is_new:
@@ -118,7 +117,17 @@ class Submits:
         except BaseException:
             submit.warn()
             raise
+        finally:
+            self._under_way.discard(submit)
+            submit.done.set()
         return paid
+
+    async def settled(self) -> None:
+        """Wait for the answers to what has been sent, whose ids would be lost with the connections; not for ever."""
+        if self._under_way:
+            with anyio.move_on_after(GRACE):
+                while sent := [submit for submit in self._under_way if submit.is_held]:
+                    await sent[0].done.wait()
 
     async def unended(self) -> list[Paid]:
         """Return what the journal knows as paid for and not ended, by this account at this API."""
@@ -142,19 +151,6 @@ class Submits:
                 logger.warning("The end of task %s was not written down: %s", state.task_id, error)
 
 
-@define
-class Stake:
-    """What work and whoever waits for it tell each other.
-
-    Attributes:
-        is_held: Whether the work has begun something that must not be broken off; the work says so.
-        is_stopped: Whether nobody waits for the work any more: it is to begin nothing new.
-    """
-
-    is_held: bool = False
-    is_stopped: bool = False
-
-
 class _Submit:
     """One call of `Submits.submit`."""
 
@@ -170,6 +166,12 @@ class _Submit:
         self._refusal: ConceptVizError | None = None
         self._is_unknown = False
         self.submission: Submission | None = None
+        self.done = anyio.Event()
+
+    @property
+    def is_held(self) -> bool:
+        """Whether it must not be broken off."""
+        return self._stake.is_held
 
     async def run(self, stake: Stake) -> Paid:
         """Submit, again and again where that is safe, until it is paid, refused or unknown, or is to stop."""
@@ -346,57 +348,3 @@ def _recall(entry: JournalEntry) -> Paid | None:
     if end is not None and entry.state is AttemptState.FAILED:
         end = evolve(end, status=STATUS_FAILED)  # an HTTP 500 says so without the word
     return Paid(read_receipt(entry.task_id, entry.prompts, entry.receipt or {}), is_new=False, end=end)
-
-
-async def to_the_end(work: Callable[[Stake], Awaitable[T]]) -> T:
-    """Run `work` in a task of its own, which the cancellation of this one does not reach while something is at stake.
-
-    A shielded scope around the work would not do: the event loop's own cancellation, which is what `asyncio.wait_for`,
-    `Task.cancel` and the first Ctrl-C use, goes through it. It is the waiting that is cancelled here, not the work.
-    When it is, work that holds nothing is cancelled with it; else it is given `GRACE` seconds to finish what it began.
-    """
-    stake, done = Stake(), anyio.Event()
-    shield = anyio.CancelScope(shield=True)
-    values: list[T] = []
-    errors: list[BaseException] = []
-
-    async def run() -> None:
-        try:
-            with shield:
-                try:
-                    values.append(await work(stake))
-                except BaseException as error:  # noqa: BLE001 - SystemExit of a hook too belongs to the caller
-                    errors.append(error)
-        finally:
-            done.set()
-
-    trio = sys.modules.get("trio")
-    if trio is not None:
-        # Its Ctrl-C is raised in whatever is running, which could be in the middle of reading an answer.
-        run = trio.lowlevel.enable_ki_protection(run)
-    interruption: BaseException | None = None
-    async with anyio.create_task_group() as tasks:
-        tasks.start_soon(run)
-        try:
-            await done.wait()
-        except BaseException as error:  # noqa: BLE001 - it is raised below, when the work has ended
-            interruption = error
-            stake.is_stopped = True
-            shield.deadline = anyio.current_time() + (GRACE if stake.is_held else 0.0)
-            with anyio.CancelScope(shield=True):
-                while not done.is_set():
-                    try:
-                        await done.wait()
-                    except anyio.get_cancelled_exc_class():  # noqa: PERF203 - a loop of two turns
-                        pass  # to be cancelled once more, by the event loop itself, changes nothing
-                    except BaseException as error:  # noqa: BLE001 - a second Ctrl-C on trio: that ends it at once
-                        interruption = error
-                        shield.cancel()
-    if interruption is not None:
-        raise interruption
-    if errors:
-        raised = errors[0]
-        while len(inner := tuple(getattr(raised, "exceptions", ()))) == 1:
-            raised = inner[0]  # trio's Ctrl-C comes in a group when it meets a task of the HTTP library's own
-        raise raised
-    return values[0]

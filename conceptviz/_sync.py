@@ -18,7 +18,8 @@ from ._client import AsyncConceptViz
 from ._config import resolve_api_key, resolve_base_url
 from ._events import EventHook
 from ._journal import Journal
-from ._models import Image, ImageInput, Polling, Prompts, Result, Retries
+from ._models import Image, Polling, Result, Retries
+from ._requests import ImageInput, Prompts
 from ._spec import AspectRatio, Model, Quality
 from ._sync_task import Task
 from ._task import AsyncTask

@@ -31,10 +31,11 @@ from ._errors import ConceptVizError, Credits, NotSentError, PollInterruptedErro
 from ._events import Event, Retrying
 from ._exchange import Carrier, Kind, LoopBound, Received, Turns
 from ._json import MAX_ANSWER_BYTES
-from ._models import EditRequest, GenerateRequest, Retries, Submission, TaskState
+from ._models import Retries, Submission, TaskState
 from ._pace import Pace
 from ._policy import SAFE_TO_READ_AGAIN, retry_delay
 from ._refusals import parse_retry_after
+from ._requests import EditRequest, GenerateRequest
 from ._wire import Answer
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from anyio import to_thread
 from . import _calls, _images
 from ._calls import ApiCall, ImageFile
 from ._errors import InvalidRequestError
-from ._models import EditRequest, ImageInput
+from ._requests import EditRequest, ImageInput
 from ._spec import IMAGE_BYTES_LIMIT, IMAGE_BYTES_WARN
 
 logger = logging.getLogger("conceptviz")

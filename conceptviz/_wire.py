@@ -27,7 +27,8 @@ from ._errors import (
 )
 from ._json import count_or_none, flag_or_none, read_mapping, text_or_none
 from ._matching import match_images
-from ._models import EditRequest, GenerateRequest, Image, Result, Submission, TaskState
+from ._models import Image, Result, Submission, TaskState
+from ._requests import EditRequest, GenerateRequest
 
 logger = logging.getLogger("conceptviz")
 

@@ -32,9 +32,9 @@ from conceptviz import (
     Retries,
     Retrying,
     SubmissionUnknownError,
-    _submits,
+    _detached,
 )
-from conceptviz._submits import Stake, to_the_end
+from conceptviz._detached import Stake, to_the_end
 
 ACCEPTED, REJECTED = AttemptState.ACCEPTED, AttemptState.REJECTED
 NOT_SENT, UNKNOWN = AttemptState.NOT_SENT, AttemptState.UNKNOWN
@@ -402,7 +402,7 @@ def test_an_answer_that_does_not_come_within_the_grace(
     backend: str, journaled: bool, path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It is unknown: in the journal, in the budget, and in the log, as nobody is there to catch an error."""
-    monkeypatch.setattr(_submits, "GRACE", 0.1)
+    monkeypatch.setattr(_detached, "GRACE", 0.1)
 
     async def main() -> None:
         budget = Budget(2)
@@ -537,7 +537,7 @@ class TestToTheEnd:
 
     @BACKENDS
     def test_the_grace_has_an_end(self, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(_submits, "GRACE", 0.05)
+        monkeypatch.setattr(_detached, "GRACE", 0.05)
         ended: list[str] = []
 
         async def work(stake: Stake) -> None:

@@ -157,7 +157,7 @@ def test_the_key_is_nowhere_to_be_seen() -> None:
     """M62: not in repr, str, vars, copies; and a client is not pickled."""
     cv, _ = client(RUNNING)
     assert repr(cv) == f"<AsyncConceptViz {API}>"
-    for thing in (cv, cv._transport, cv._poller, cv._downloads, cv.task(TASK)):
+    for thing in (cv, cv._core.transport, cv._core.poller, cv._core.downloads, cv.task(TASK)):
         assert KEY not in repr(thing) + str(thing) + repr(getattr(thing, "__dict__", ""))
     with pytest.raises((TypeError, AttributeError, pickle.PicklingError)):
         pickle.dumps(cv)

@@ -192,7 +192,7 @@ async def test_a_proxy_that_connects_to_nobody(name: str, monkeypatch: pytest.Mo
         monkeypatch.setenv("HTTPS_PROXY", f"http://127.0.0.1:{proxy.port}")
         monkeypatch.delenv("NO_PROXY", raising=False)
         cv = AsyncConceptViz(KEY, base_url="https://api.example/api/v1", timeout=0.2, retries=QUICK, journal=journal)
-        cv._submits.budget = budget
+        cv._core.submits.budget = budget
         async with cv:
             with pytest.raises(NotSentError) as caught:
                 await cv.submit("a", key="k")

@@ -61,15 +61,15 @@ def send_json(path: str, body: bytes) -> Ask:
 
 
 async def without_a_header(cv: AsyncConceptViz, _: Simulator) -> object:
-    transport: Any = cv._transport
-    real = transport._request
+    carrier: Any = cv._core.transport._line.get().submits
+    real = carrier._request
 
     def request(*args: Any) -> Any:
         made = real(*args)
         del made.headers["authorization"]
         return made
 
-    transport._request = request
+    carrier._request = request
     return await cv.submit("a")
 
 

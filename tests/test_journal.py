@@ -141,7 +141,6 @@ def test_a_journal_names_its_file_wherever_the_program_goes(tmp_path: Path, monk
 
 
 def test_what_a_client_is_given_as_a_journal(path: Path) -> None:
-    assert resolve_journal(None) is None
     with Journal(path) as journal:
         assert resolve_journal(journal) is journal
     opened = resolve_journal(str(path))

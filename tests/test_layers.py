@@ -17,8 +17,8 @@ PACKAGE = Path(conceptviz.__file__).parent
 LAYERS = [
     {"_version", "_spec"},
     {"_errors", "_images"},
-    {"_config", "_json"},
-    {"_models"},
+    {"_config", "_detached", "_json"},
+    {"_models", "_requests"},
     {"_matching", "_events"},
     {"_refusals"},
     {"_attempts", "_budget", "_calls", "_pace", "_policy", "_wire"},
@@ -28,6 +28,7 @@ LAYERS = [
     {"_uploads", "_downloads", "_journal"},
     {"_submits"},
     {"_poller"},
+    {"_core"},
     {"_task"},
     {"_client"},
     {"_blocking"},
@@ -96,7 +97,20 @@ def test_no_module_knows_asyncio_or_trio() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["_spec", "_errors", "_models", "_images", "_json", "_matching", "_wire", "_pace", "_policy", "_events"]
+    "name",
+    [
+        "_spec",
+        "_errors",
+        "_models",
+        "_requests",
+        "_images",
+        "_json",
+        "_matching",
+        "_wire",
+        "_pace",
+        "_policy",
+        "_events",
+    ],
 )
 def test_the_pure_core_does_no_io(name: str) -> None:
     """No clock, no socket, no event loop in the pure modules."""

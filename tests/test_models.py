@@ -26,7 +26,7 @@ from conceptviz import (
     TaskState,
     Unchecked,
 )
-from conceptviz._models import estimate, price
+from conceptviz._requests import estimate, price
 
 URL = "https://r2.conceptviz.app/images/0123456789abcdef0123456789abcdef/vaW29_MJ1wbnyFU4bl_pd/0-d61105cc2ac528d2.png"
 IMAGE = Image(URL, "the water cycle", 0, "ab" * 32, {"url": URL, "prompt": "the water cycle"}, "task")

@@ -650,7 +650,7 @@ async def test_a_key_is_paid_for_once(journal: Journal) -> None:
             third = await cv.submit("a", key="k")
             assert await third.wait() == result
             assert server.ledger.looks == looks
-            assert await cv._submits.unended() == []
+            assert await cv._core.submits.unended() == []
     assert len(server.ledger.posts) == 1
     assert [type(event) for event in events].count(Submitted) == 1
 
@@ -664,7 +664,7 @@ async def test_a_task_that_failed_without_a_refund_is_not_paid_for_again(journal
     async with cv:
         _accepted(journal, entry)
         state = TaskState(task_id=TASK, status="failed", code="GENERATION_FAILED", raw={"code": "GENERATION_FAILED"})
-        await cv._submits.end(state, None)
+        await cv._core.submits.end(state, None)
         task = await cv.submit("a", key="k")
         with pytest.raises(GenerationFailedError):
             await task.wait()
@@ -673,7 +673,7 @@ async def test_a_task_that_failed_without_a_refund_is_not_paid_for_again(journal
 
 def _claimed(journal: Journal, prompt: str, cv: AsyncConceptViz, **changes: Any) -> JournalEntry:
     """Claim a key as another caller would."""
-    submits = cv._submits
+    submits = cv._core.submits
     options: dict[str, Any] = {
         "key": "k",
         "fingerprint": fingerprint(build_generate(GenerateRequest(prompt))),
@@ -752,7 +752,7 @@ async def test_what_was_left_behind_is_found(path: Path) -> None:
             with sqlite3.connect(path) as db:
                 db.execute("UPDATE attempts SET stale_at = 0")
             db.close()
-            assert [paid.submission.task_id for paid in await cv._submits.unended()] == [TASK]
+            assert [paid.submission.task_id for paid in await cv._core.submits.unended()] == [TASK]
             assert (await cv.submit("accepted", key="accepted")).id == TASK
             with pytest.raises(SubmissionUnknownError):
                 await cv.submit("sending", key="sending")
@@ -766,7 +766,7 @@ async def test_unended_is_this_accounts_own(journal: Journal) -> None:
         for number, change in enumerate(({"account": "another"}, {"base_url": "https://another"}, {})):
             entry = _claimed(journal, "a", cv, key=f"{number}", **change)
             _accepted(journal, entry)
-        assert len(await cv._submits.unended()) == 1
+        assert len(await cv._core.submits.unended()) == 1
 
 
 async def test_without_a_journal() -> None:
@@ -776,7 +776,7 @@ async def test_without_a_journal() -> None:
         async with at(server, budget=budget) as cv:
             with pytest.raises(GenerationFailedError):
                 await cv.generate("a", key="k")
-            assert await cv._submits.unended() == []
+            assert await cv._core.submits.unended() == []
     assert len(server.ledger.posts) == 2
     assert (budget.reserved, budget.spent) == (0, 0)
 

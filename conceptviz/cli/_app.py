@@ -226,7 +226,7 @@ def estimate(
     """
 
     def work(_: Report) -> int:
-        from .._models import estimate
+        from .._requests import estimate
 
         print(estimate(count, model=model, quality=quality), flush=True)
         return DONE

@@ -49,7 +49,7 @@ async def test_an_answer_too_many_to_a_submit_is_nobodys() -> None:
 
 
 async def test_the_end_of_a_task_is_asked_for_at_most_twice() -> None:
-    """httpx does not say what else came: once over a kept connection of its own, and once over a new one."""
+    """Httpx does not say what else came: once over a kept connection of its own, and once over a new one."""
     running, refused = Step(answer=Answer(body=RUNNING)), Step(answer=refusal(401, "INVALID_API_KEY"))
     with Server(Script(looks=(running,))) as server:
         async with client_of(server, transport=httpx.AsyncHTTPTransport(verify=False)) as client:

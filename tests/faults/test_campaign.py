@@ -24,7 +24,8 @@ from conceptviz import (
     SubmissionUnknownError,
     Submitted,
 )
-from conceptviz._submits import Paid, Stake, Submits
+from conceptviz._detached import Stake
+from conceptviz._submits import Paid, Submits
 
 from .campaign import Tally, Witness, all_of, campaign, key_of
 from .invariants import (
