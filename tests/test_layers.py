@@ -21,7 +21,7 @@ LAYERS = [
     {"_models"},
     {"_matching", "_events"},
     {"_refusals"},
-    {"_attempts", "_budget", "_calls", "_policy", "_wire"},
+    {"_attempts", "_budget", "_calls", "_policy", "_schedule", "_wire"},
     {"_database", "_files", "_http"},
     {"_transport"},
     {"_uploads", "_downloads", "_journal"},
@@ -95,7 +95,7 @@ def test_no_module_knows_asyncio_or_trio() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["_spec", "_errors", "_models", "_images", "_json", "_matching", "_wire", "_policy", "_events"]
+    "name", ["_spec", "_errors", "_models", "_images", "_json", "_matching", "_wire", "_policy", "_schedule", "_events"]
 )
 def test_the_pure_core_does_no_io(name: str) -> None:
     """No clock, no socket, no event loop in the pure modules."""
