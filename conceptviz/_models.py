@@ -17,6 +17,7 @@ from attrs import Attribute, field, frozen
 from ._config import is_loopback
 from ._errors import ConceptVizError, InvalidRequestError
 from ._spec import (
+    GENERATION_SECONDS,
     POLL_INTERVAL,
     TERMINAL_STATUSES,
 )
@@ -206,6 +207,12 @@ class Outcome:
         return self.error is None
 
 
+def _span(_: object, attribute: Attribute[Any], value: Any) -> None:
+    is_pair = isinstance(value, tuple) and [type(number) in {int, float} for number in value] == [True, True]
+    if not is_pair or not 0 < value[0] <= value[1] < math.inf:
+        raise InvalidRequestError(f"{attribute.name} must be two numbers above 0 in their order, not {value!r}.")
+
+
 @frozen(kw_only=True)
 class Polling:
     """How a task is waited for. All times are in seconds.
@@ -214,8 +221,9 @@ class Polling:
 
     Attributes:
         min_interval: The shortest time between two looks.
-        max_interval: The longest; each pause is drawn evenly from between the two.
+        max_interval: The longest, except while no task of its kind is likely to be ready.
         first_look: The time from the submit to the first look. A task picked up by its id is looked at once.
+        typical: How long a task takes, from and to, as long as none has been seen to end: it places the looks.
         timeout: How long `wait` waits if it is not told otherwise.
         max_failures: How many looks in a row may fail before `wait` gives up with `PollInterruptedError`.
     """
@@ -223,6 +231,7 @@ class Polling:
     min_interval: float = field(default=POLL_INTERVAL[0], validator=_positive)
     max_interval: float = field(default=POLL_INTERVAL[1], validator=_positive)
     first_look: float = field(default=POLL_INTERVAL[0], validator=_positive)
+    typical: tuple[float, float] = field(default=GENERATION_SECONDS, validator=_span)
     timeout: float = field(default=600.0, validator=_positive)
     max_failures: int = field(default=60, validator=_whole)
 

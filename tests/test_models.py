@@ -374,3 +374,25 @@ def test_intervals_are_in_order() -> None:
     with pytest.raises(InvalidRequestError, match=r"min_interval \(6\) is longer than max_interval \(5.0\)"):
         Polling(min_interval=6)
     assert Polling(min_interval=4, max_interval=4).max_interval == 4
+
+
+@pytest.mark.parametrize(
+    "value", [(0, 90), (-1, 90), (90, 30), (30,), (1, 2, 3), [30, 90], 30, None, (30, None), ("30", "90"), (True, 90)]
+)
+def test_the_typical_time_is_two_numbers_in_order(value: Any) -> None:
+    with pytest.raises(InvalidRequestError, match="typical must be two numbers above 0 in their order"):
+        Polling(typical=value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_the_typical_time_is_finite(value: float) -> None:
+    for pair in ((1.0, value), (value, 1.0), (value, value)):
+        with pytest.raises(InvalidRequestError, match="typical must be two numbers"):
+            Polling(typical=pair)
+
+
+def test_the_typical_time_is_the_documented_one() -> None:
+    """Source: "Limits", Generation time."""
+    assert Polling().typical == (30.0, 90.0)
+    assert Polling(typical=(1, 3)).typical == (1, 3)
+    assert Polling(typical=(2.5, 2.5)).typical == (2.5, 2.5)

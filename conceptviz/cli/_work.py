@@ -89,6 +89,7 @@ def open_client(report: Report, *, journal: Path | None = None, budget: int | No
         min_interval=documented.min_interval / SIMULATED_SPEED,
         max_interval=documented.max_interval / SIMULATED_SPEED,
         first_look=documented.first_look / SIMULATED_SPEED,
+        typical=(documented.typical[0] / SIMULATED_SPEED, documented.typical[1] / SIMULATED_SPEED),
     )
     return ConceptViz(
         simulator.api_key,
