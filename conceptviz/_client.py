@@ -8,20 +8,23 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Hashable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, overload
 
 import anyio
 
+from ._batches import Items
 from ._budget import Budget
 from ._calls import ApiCall, build_generate, check_task_id
 from ._core import Core
 from ._events import EventHook, Saved
+from ._fanout import Options, Outcomes, Run
 from ._files import check_folder
 from ._journal import Journal
-from ._models import Image, Polling, Result, Retries, Submission
+from ._models import Image, Outcome, Polling, Result, Retries, Submission
+from ._poller import kind_of
 from ._requests import EditRequest, GenerateRequest, ImageInput, Prompts, estimate
 from ._spec import AspectRatio, Model, Quality
 from ._submits import Paid
@@ -270,6 +273,47 @@ class AsyncConceptViz:
         task = await self.submit_edit(prompt, images, model=model, quality=quality, aspect_ratio=aspect_ratio, key=key)
         return await task._wait_until(started, timeout)
 
+    def generate_many(
+        self,
+        items: Items,
+        *,
+        batch_size: int = 4,
+        max_in_flight: int = 5,
+        ordered: bool = False,
+        save_to: str | os.PathLike[str] | None = None,
+        timeout: float | None = None,
+    ) -> AsyncIterator[Outcome]:
+        """Generate any number of diagrams, and give the outcome of each: no prompt's failure is another's.
+
+        Prompts are put together into batches, and a batch that is refused for one of them is taken apart. After a
+        refusal that would meet every other submit too (no credits, no access) nothing more is submitted; what was
+        accepted is still waited for. To stop early, leave the loop: paid tasks go on, and the log names them.
+
+        Args:
+            items: Any number of str, `GenerateRequest` or `EditRequest`, in an iterable or async iterable, which is
+                drawn from as the work goes on. A request with a `key` is submitted as it is, and with a journal paid
+                for once, however often the program runs.
+            batch_size: How many prompts without a key, and of equal settings, share one submit: 1 to 4.
+            max_in_flight: How many tasks may be unfinished at once.
+            ordered: Whether outcomes come in the order of the items, rather than as they are there.
+            save_to: A folder to save the images in as they are there, named by `name` or else after their task; None to
+                save none.
+            timeout: Seconds to wait for each task; None is `polling.timeout`.
+
+        Yields:
+            An outcome for each prompt.
+
+        Raises:
+            InvalidRequestError: An argument cannot be used. Nothing was sent. A bad item is an outcome, not an error.
+
+        Credits:
+            As for `submit`, for each prompt.
+
+        Source: "Generate Diagrams", "Edit Images", "Limits".
+        """
+        folder = None if save_to is None else check_folder(save_to)
+        return Outcomes(Run(self._core, items, Options(batch_size, max_in_flight, ordered, folder, timeout)))
+
     def task(self, task_id: str) -> AsyncTask:
         """Pick a task up again by its id, in any process. Does no I/O.
 
@@ -370,17 +414,20 @@ class AsyncConceptViz:
         return [self._task(paid) for paid in await self._core.submits.unended()]
 
     async def _submit(self, call: ApiCall, request: GenerateRequest | EditRequest) -> AsyncTask:
-        return self._task(await self._core.submits.submit(call, request))
+        paid = await self._core.submits.submit(call, request)
+        return self._task(paid, kind_of(call.path, paid.submission))
 
     def _resumed(self, task_id: str, submission: Submission | None) -> AsyncTask:
         return AsyncTask(
             self._core.poller, task_id, submission, settle=partial(self._core.submits.end, reservation=None)
         )
 
-    def _task(self, paid: Paid) -> AsyncTask:
+    def _task(self, paid: Paid, kind: Hashable = None) -> AsyncTask:
         settle = partial(self._core.submits.end, reservation=paid.reservation)
         accepted_at = anyio.current_time() if paid.is_new else None
-        return AsyncTask(self._core.poller, paid.submission.task_id, paid.submission, accepted_at, settle, paid.end)
+        return AsyncTask(
+            self._core.poller, paid.submission.task_id, paid.submission, accepted_at, settle, paid.end, kind
+        )
 
     async def _save(self, image: Image, folder: Path, overwrite: bool) -> Path:
         path = await self._core.downloads.save(image, folder, overwrite=overwrite)

@@ -200,15 +200,21 @@ class Downloads:
 
         return await self._refreshing(read, image)
 
-    async def save(self, image: Image, folder: Path, *, overwrite: bool) -> Path:
+    async def save(self, image: Image, folder: Path, *, overwrite: bool, stem: str | None = None) -> Path:
         """Fetch an image into a folder, which is made if need be.
+
+        Args:
+            image: The image.
+            folder: The folder.
+            overwrite: Whether a file of the same name with other bytes is replaced.
+            stem: The file's name without its extension, or None for one made of the task's id.
 
         Raises:
             DownloadError: It could not be fetched, is not what it should be, or could not be written.
         """
 
         async def save(image: Image) -> Path:
-            return await self._save(image, folder, overwrite)
+            return await self._save(image, folder, overwrite, stem or file_stem(image))
 
         return await self._refreshing(save, image)
 
@@ -239,8 +245,7 @@ class Downloads:
                 return Image(fresh.url, image.prompt, image.index, image.sha256, fresh.raw, image.task_id)
         raise _expired(image)
 
-    async def _save(self, image: Image, folder: Path, overwrite: bool) -> Path:
-        stem = file_stem(image)
+    async def _save(self, image: Image, folder: Path, overwrite: bool, stem: str) -> Path:
         try:
             known = await to_thread.run_sync(find_saved, folder, stem, image.sha256)
             if known is not None:

@@ -106,6 +106,11 @@ class LoopBound(Generic[T]):
                 await self._close(thing)
 
 
+def share_of(limit: int) -> int:
+    """Return how many of the connections submits alone, or looks alone, may hold."""
+    return limit - limit // 4
+
+
 class Turns:
     """Who may have a request under way: never more than there may be connections, so that none ever queues in a pool.
 
@@ -115,7 +120,7 @@ class Turns:
 
     def __init__(self, limit: int) -> None:
         self._free = limit
-        self._most = max(1, limit - limit // 4)
+        self._most = share_of(limit)
         self._taken: dict[Kind, int] = {"submit": 0, "look": 0}
         self._waiting: dict[Kind, deque[anyio.Event]] = {"submit": deque(), "look": deque()}
 

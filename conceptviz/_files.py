@@ -29,7 +29,7 @@ class TakenError(Exception):
 
 
 def file_stem(image: Image) -> str:
-    """Return an image's file name without its extension: the task's id and the image's index."""
+    """Return an image's file name without its extension, if nobody gave one: the task's id and the image's index."""
     # An id that the server gave may hold anything; a name may not.
     task = re.sub(r"[^A-Za-z0-9_-]", "_", image.task_id or "image")[:128]
     if image.index is not None:

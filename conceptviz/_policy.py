@@ -11,23 +11,32 @@ import logging
 import ssl
 from random import Random
 
+from attrs import define, field
+
 from ._errors import (
     APIStatusError,
+    AuthenticationError,
+    BudgetExceededError,
     ConceptVizError,
     Credits,
     DownloadError,
+    InsufficientCreditsError,
+    ModerationBlockedError,
     NotSentError,
+    PlanError,
+    PlanLimitExceededError,
     PollInterruptedError,
     RateLimitedError,
     ServerError,
     TaskNotFoundError,
     UnexpectedResponseError,
 )
-from ._models import Polling, Retries, TaskState
+from ._models import Retries, TaskState
 from ._spec import (
     GENERATION_FAILED,
     NOT_YET_VISIBLE_SECONDS,
     POLL_INTERVAL,
+    QUALITY_NOT_ALLOWED,
     RUNNING_STATUSES,
     STATUS_COMPLETED,
 )
@@ -82,30 +91,27 @@ def _asked(error: ConceptVizError) -> float:
     return (error.retry_after or 0.0) if isinstance(error, APIStatusError) else 0.0
 
 
-def next_look(polling: Polling, rng: Random) -> float:
-    """Return the seconds from one look at a task to the next.
-
-    Source: "Limits", Poll interval.
-    """
-    return rng.uniform(polling.min_interval, polling.max_interval)
-
-
+@define(eq=False, repr=False)
 class Watch:
     """What the looks at one task have shown so far: which of them count, and when to give up.
 
-    Args:
+    Attributes:
         task_id: The task.
-        accepted_at: The clock at our own submit of it, or None for a task picked up by its id.
+        accepted_at: The clock at our own submit of it, or None for a task that was picked up.
+        failures: How many looks have failed in a row.
     """
 
-    def __init__(self, task_id: str, accepted_at: float | None = None) -> None:
-        self._task_id = task_id
-        self._accepted_at = accepted_at
-        self._warned = False
-        self._empty_looks = 0
-        self._failed_at: float | None = None
-        self.failures = 0
-        """How many looks have failed in a row."""
+    task_id: str
+    accepted_at: float | None = None
+    failures: int = field(default=0, init=False)
+    _warned: bool = field(default=False, init=False)
+    _empty_looks: int = field(default=0, init=False)
+    _failed_at: float | None = field(default=None, init=False)
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether it is known when the task was submitted."""
+        return self.accepted_at is not None
 
     def judge_state(self, state: TaskState) -> bool:
         """Take in a look that was answered; return whether it counts.
@@ -120,18 +126,18 @@ class Watch:
             if self._empty_looks < _LOOKS_AT_EMPTY:
                 return False
             raise UnexpectedResponseError(
-                f"Task {self._task_id} is completed, but its answer names no image. It is paid for: look again later, "
+                f"Task {self.task_id} is completed, but its answer names no image. It is paid for: look again later, "
                 "or ask the service's support with this id.",
                 status_code=200,
                 body=json.dumps(dict(state.raw)).encode(),
-                task_id=self._task_id,
+                task_id=self.task_id,
                 credits=Credits.SPENT,
             )
         if not state.is_terminal and state.status not in RUNNING_STATUSES and not self._warned:
             self._warned = True
             logger.warning(
                 "Task %s has the undocumented status %r: it is waited for as if it were running.",
-                self._task_id,
+                self.task_id,
                 state.status,
             )
         return True
@@ -152,7 +158,7 @@ class Watch:
             return now - self._failed_at >= POLL_INTERVAL[0]
         self._failed_at = None
         if isinstance(error, TaskNotFoundError):
-            if self._accepted_at is None or now - self._accepted_at >= NOT_YET_VISIBLE_SECONDS:
+            if self.accepted_at is None or now - self.accepted_at >= NOT_YET_VISIBLE_SECONDS:
                 raise error
         elif not isinstance(error, SAFE_TO_READ_AGAIN):
             raise error
@@ -160,8 +166,31 @@ class Watch:
 
 
 def pause_after_look(
-    watch: Watch, error: ConceptVizError | None, polling: Polling, retries: Retries, rng: Random
+    watch: Watch, error: ConceptVizError | None, regular: float, retries: Retries, rng: Random
 ) -> float:
-    """Return the seconds to the next look: longer after failures in a row, and as long as the service asks."""
-    regular = next_look(polling, rng)
+    """Return the seconds to the next look: longer than is regular after failures in a row, or if the service asks."""
     return regular if error is None else max(regular, _asked(error), backoff(watch.failures, retries, rng))
+
+
+# What is refused for one prompt, or for their number, and not for all: the others may be taken without it.
+_DIVISIBLE = (ModerationBlockedError, PlanLimitExceededError, BudgetExceededError)
+# What would be refused to any other submit of the same client too.
+_FINAL = (InsufficientCreditsError, AuthenticationError, PlanError)
+
+
+def is_divisible(error: ConceptVizError) -> bool:
+    """Say whether parts of a refused batch may be accepted. Nothing was spent on it."""
+    return isinstance(error, _DIVISIBLE) and error.credits is Credits.NOT_SPENT
+
+
+def ends_submitting(error: ConceptVizError) -> bool:
+    """Say whether a refusal means that no further submit would be accepted.
+
+    Source: "Error Codes", of which QUALITY_NOT_ALLOWED and PLAN_LIMIT_EXCEEDED speak of one request.
+    """
+    return (
+        isinstance(error, _FINAL)
+        and not isinstance(error, PlanLimitExceededError)
+        and error.code != QUALITY_NOT_ALLOWED
+        and error.task_id is None
+    )

@@ -1,37 +1,112 @@
-"""Waiting for tasks: the one loop of looks, for every way of waiting.
+"""Waiting for tasks: every look at a waiting task is made from here.
 
-What lives here: the pauses, the deadline that bounds them all, and what a look's outcome means for the wait (decided in
-`_policy`). What must never live here: HTTP, a JSON key.
+What lives here: the looks at one task, their pauses, the deadline that bounds them all, and the few workers that look
+at many tasks as they become due. What a look's outcome means is decided in `_policy`, when to look in `_schedule`. What
+must never live here: HTTP, a JSON key.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+import itertools
+import math
+from collections.abc import AsyncIterator, Awaitable, Callable, Hashable
+from heapq import heappop, heappush
 from random import Random
+from typing import Generic, Protocol, TypeVar
 
 import anyio
-from attrs import define, field, frozen
+import anyio.abc
+from attrs import define, field
 
 from ._errors import ConceptVizError, Credits, PollInterruptedError, ServerError, WaitTimeoutError
-from ._events import Event, Polled, Retrying
-from ._models import Polling, Retries, TaskState
+from ._events import Completed, Event, Failed, Polled, Retrying
+from ._models import Polling, Result, Retries, Submission, TaskState
 from ._policy import Watch, pause_after_look
+from ._schedule import Durations, Schedule, seen_duration
 from ._transport import Transport
-from ._wire import failed_state
+from ._wire import build_result, failed_state
 
 
-@frozen
+@define(eq=False)
 class Poller:
-    """What every wait of one client shares."""
+    """What every wait of one client shares.
+
+    Attributes:
+        transport: The API.
+        polling: How tasks are waited for.
+        retries: How often what is safe to repeat is repeated.
+        emit: Called with each event.
+        rng: The randomness of the pauses.
+        schedule: When to look, learnt from the tasks before.
+        waiting: How many tasks are waited for.
+    """
 
     transport: Transport
     polling: Polling
     retries: Retries
     emit: Callable[[Event], Awaitable[None]]
     rng: Random
+    schedule: Schedule = field(init=False)
+    waiting: int = field(default=0, init=False)
+
+    @schedule.default
+    def _new_schedule(self) -> Schedule:
+        return Schedule(self.polling, self.rng)
+
+    def looks(
+        self,
+        task_id: str,
+        prompts: tuple[str, ...],
+        *,
+        kind: Hashable = None,
+        accepted_at: float | None,
+        started: float,
+        timeout: float | None,
+    ) -> Looks:
+        """Make the looks at one task.
+
+        Args:
+            task_id: The task.
+            prompts: Its prompts, if they are known.
+            kind: What tells tasks apart that take differently long; only those of our own submits have one.
+            accepted_at: The clock at our own submit of it, or None for a task that was picked up.
+            started: The clock at which the timeout begins to count.
+            timeout: Seconds, or None for those of `polling`.
+        """
+        if timeout is None:
+            timeout = self.polling.timeout
+        now = anyio.current_time()
+        durations = self.schedule.of(kind)
+        # Never later than that from now: the clock of another event loop may have been ahead of this one's.
+        first = 0.0 if accepted_at is None else self.schedule.first_look(durations)
+        return Looks(
+            self,
+            task_id,
+            prompts,
+            durations=durations,
+            started_at=now if accepted_at is None else accepted_at,
+            next_at=now if accepted_at is None else min(max(now, accepted_at + first), now + first),
+            deadline=started + timeout,
+            timeout=timeout,
+            watch=Watch(task_id, accepted_at),
+        )
+
+    async def announce(self, end: TaskState, submission: Submission | None, elapsed: float) -> Result:
+        """Tell the hook how a task ended, and return its result.
+
+        Raises:
+            ConceptVizError: It ended as failed.
+        """
+        try:
+            result = build_result(end, submission)
+        except ConceptVizError as error:
+            await self.emit(Failed(task_id=end.task_id, error=error, elapsed=elapsed))
+            raise
+        await self.emit(Completed(task_id=end.task_id, result=result, elapsed=elapsed))
+        return result
 
 
-@define
+@define(eq=False, repr=False)
 class Looks(AsyncIterator[TaskState]):
     """The looks at one task, up to the one that finds it ended.
 
@@ -42,8 +117,9 @@ class Looks(AsyncIterator[TaskState]):
         poller: The client's.
         task_id: The task.
         prompts: Its prompts, if they are known.
+        durations: How long tasks of its kind took.
         started_at: The clock when the task was submitted, or picked up.
-        next_at: The clock at the first look.
+        next_at: The clock at the next look.
         deadline: The clock at which waiting ends, whatever is under way.
         timeout: The seconds that the deadline was made from.
         watch: What the looks have shown so far.
@@ -52,6 +128,7 @@ class Looks(AsyncIterator[TaskState]):
     poller: Poller
     task_id: str
     prompts: tuple[str, ...]
+    durations: Durations
     started_at: float
     next_at: float
     deadline: float
@@ -59,6 +136,23 @@ class Looks(AsyncIterator[TaskState]):
     watch: Watch
     _last: TaskState | None = field(default=None, init=False)
     _error: ConceptVizError | None = field(default=None, init=False)
+    _ran_until: float | None = field(default=None, init=False)
+    _place: int | None = field(default=None, init=False)
+
+    def enter(self) -> None:
+        """Count the task among those that are waited for."""
+        self.poller.waiting += 1
+        if self.watch.is_ours:
+            self._place = self.durations.begin()
+
+    def leave(self) -> None:
+        """Count it no more, and learn how long it took if that was seen."""
+        self.poller.waiting -= 1
+        if self._place is not None:
+            is_seen = self._last is not None and self._last.is_terminal and self._error is None
+            age = self.next_at - self.started_at
+            self.durations.end(self._place, seen_duration(self._ran_until, age) if is_seen else None)
+            self._place = None
 
     async def __anext__(self) -> TaskState:
         """Wait until the next look is due, look, and return what it shows.
@@ -71,19 +165,33 @@ class Looks(AsyncIterator[TaskState]):
         """
         if self._last is not None and self._last.is_terminal:
             raise StopAsyncIteration
-        with anyio.move_on_after(max(0.0, self.deadline - anyio.current_time())):
-            state = None
-            while state is None:
-                await anyio.sleep(max(0.0, self.next_at - anyio.current_time()))
-                state = await self._look()
-            return state
+        state = None
+        while state is None:
+            await anyio.sleep_until(self.due)
+            state = await self.look()
+        return state
+
+    @property
+    def due(self) -> float:
+        """The clock at which there is something to do."""
+        return min(self.next_at, self.deadline)
+
+    async def look(self) -> TaskState | None:
+        """Look once, now; None if the look does not count.
+
+        Raises:
+            ConceptVizError: As for `__anext__`.
+        """
+        now = anyio.current_time()
+        if now < self.deadline:
+            with anyio.move_on_after(self.deadline - now):
+                return await self._look()
         # A slow hook may have used up the time after the look that found the end.
         if self._last is not None and self._last.is_terminal:
             return self._last
         raise self._timed_out()
 
     async def _look(self) -> TaskState | None:
-        """Look once; None if the look does not count."""
         poller = self.poller
         self._error = state = None
         try:
@@ -98,14 +206,22 @@ class Looks(AsyncIterator[TaskState]):
                 raise self._interrupted(self._error)
         elif state is not None and not self.watch.judge_state(state):
             state = None
-        pause = pause_after_look(self.watch, self._error, poller.polling, poller.retries, poller.rng)
-        self.next_at = now + pause
         if state is not None:
             self._last = state
+            if state.is_terminal:
+                self.next_at = now
+            else:
+                self._ran_until = now - self.started_at
+        if state is None or not state.is_terminal:
+            # How old a task is that was picked up nobody knows: it may be done at any moment.
+            age = now - self.started_at if self.watch.is_ours else math.inf
+            regular = poller.schedule.next_look(self.durations, age, poller.waiting)
+            self.next_at = now + pause_after_look(self.watch, self._error, regular, poller.retries, poller.rng)
+        if state is not None:
             await poller.emit(Polled(task_id=self.task_id, state=state, elapsed=now - self.started_at))
         elif self._error is not None:
             await poller.emit(
-                Retrying(task_id=self.task_id, attempt=self.watch.failures, delay=pause, error=self._error)
+                Retrying(task_id=self.task_id, attempt=self.watch.failures, delay=self.next_at - now, error=self._error)
             )
         return state
 
@@ -126,3 +242,106 @@ class Looks(AsyncIterator[TaskState]):
             task_id=self.task_id,
             credits=Credits.SPENT,
         )
+
+
+def kind_of(endpoint: str, submission: Submission) -> Hashable:
+    """Return what tells tasks apart that take differently long."""
+    return endpoint, submission.model, submission.quality, len(submission.prompts)
+
+
+class Signal:
+    """Wakes whoever waits for something to change; what has changed is looked at, not remembered here."""
+
+    def __init__(self) -> None:
+        self._event: anyio.Event | None = None
+
+    def set(self) -> None:
+        """Wake those who wait."""
+        if self._event is not None:
+            self._event.set()
+            self._event = None
+
+    async def wait(self) -> None:
+        """Wait for the next `set`. Whoever has looked in the same step as this call misses none."""
+        if self._event is None:
+            self._event = anyio.Event()
+        await self._event.wait()
+
+
+class Waiting(Protocol):
+    """Something that waits for a task."""
+
+    @property
+    def looks(self) -> Looks:
+        """The looks at it."""
+
+
+W = TypeVar("W", bound=Waiting)
+
+
+class Board(Generic[W]):
+    """Many waiting tasks, in the order in which they are due, and the few workers that look at them.
+
+    A task that waits costs its entry here, and no task of the event loop. There are as many workers as it takes to look
+    in time, and never more than may have a request under way.
+
+    Args:
+        tasks: Where the workers run, until it is cancelled.
+        most: How many there may be.
+        ended: Awaited with each task that has ended, or that is not waited for any longer, and with why.
+    """
+
+    def __init__(
+        self,
+        tasks: anyio.abc.TaskGroup,
+        most: int,
+        ended: Callable[[W, TaskState | ConceptVizError], Awaitable[None]],
+    ) -> None:
+        self._tasks = tasks
+        self._most = most
+        self._ended = ended
+        self._heap: list[tuple[float, int, W]] = []
+        self._numbers = itertools.count()
+        self._pushed = Signal()
+        self._lead = anyio.Lock(fast_acquire=True)
+        self._workers = self._idle = 0
+
+    def push(self, waiting: W) -> None:
+        """Have a task looked at when it is due, again and again."""
+        entry = (waiting.looks.due, next(self._numbers), waiting)
+        heappush(self._heap, entry)
+        if self._heap[0] is entry:
+            self._pushed.set()
+        if not self._workers:
+            self._hire()
+
+    def _hire(self) -> None:
+        self._workers += 1
+        self._tasks.start_soon(self._work)
+
+    async def _work(self) -> None:
+        while True:
+            self._idle += 1
+            async with self._lead:  # one waits for the next that is due, the others for their turn to
+                waiting = await self._next()
+            self._idle -= 1
+            try:
+                state = await waiting.looks.look()
+            except ConceptVizError as error:
+                await self._ended(waiting, error)
+            else:
+                if state is not None and state.is_terminal:
+                    await self._ended(waiting, state)
+                else:
+                    self.push(waiting)
+
+    async def _next(self) -> W:
+        while True:
+            now, due = anyio.current_time(), self._heap[0][0] if self._heap else math.inf
+            if due <= now:
+                waiting = heappop(self._heap)[2]
+                if self._heap and self._heap[0][0] <= now and self._idle == 1 and self._workers < self._most:
+                    self._hire()
+                return waiting
+            with anyio.move_on_after(due - now):
+                await self._pushed.wait()

@@ -76,6 +76,7 @@ ERROR_CODES: Final[Mapping[str, int]] = MappingProxyType(
     }
 )
 GENERATION_FAILED: Final = "GENERATION_FAILED"
+QUALITY_NOT_ALLOWED: Final = "QUALITY_NOT_ALLOWED"
 
 # Seen in the field, not promised: a task may be unknown for a moment after its own accept. Seconds.
 NOT_YET_VISIBLE_SECONDS: Final = 30.0

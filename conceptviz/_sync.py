@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import AsyncIterable, Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, overload
 
+from ._batches import DrawnInThread, Items
 from ._blocking import Blocking
 from ._budget import Budget, resolve_budget
 from ._client import AsyncConceptViz
 from ._config import resolve_api_key, resolve_base_url
 from ._events import EventHook
 from ._journal import Journal
-from ._models import Image, Polling, Result, Retries
+from ._models import Image, Outcome, Polling, Result, Retries
 from ._requests import ImageInput, Prompts
 from ._spec import AspectRatio, Model, Quality
 from ._sync_task import Task
@@ -305,6 +307,58 @@ class ConceptViz:
         Source: "Step 2: Poll for Results".
         """
         return [Task(self._blocking, task) for task in self._blocking.run(lambda cv: cv.resume())]
+
+    def generate_many(
+        self,
+        items: Items,
+        *,
+        batch_size: int = 4,
+        max_in_flight: int = 5,
+        ordered: bool = False,
+        save_to: str | os.PathLike[str] | None = None,
+        timeout: float | None = None,
+    ) -> Iterator[Outcome]:
+        """Generate any number of diagrams, and give the outcome of each: no prompt's failure is another's.
+
+        Prompts are put together into batches, and a batch that is refused for one of them is taken apart. After a
+        refusal that would meet every other submit too (no credits, no access) nothing more is submitted; what was
+        accepted is still waited for. To stop early, leave the loop: paid tasks go on, and the log names them.
+
+        Args:
+            items: Any number of str, `GenerateRequest` or `EditRequest`, in an iterable or async iterable, which is
+                drawn from as the work goes on. A request with a `key` is submitted as it is, and with a journal paid
+                for once, however often the program runs.
+            batch_size: How many prompts without a key, and of equal settings, share one submit: 1 to 4.
+            max_in_flight: How many tasks may be unfinished at once.
+            ordered: Whether outcomes come in the order of the items, rather than as they are there.
+            save_to: A folder to save the images in as they are there, named by `name` or else after their task; None to
+                save none.
+            timeout: Seconds to wait for each task; None is `polling.timeout`.
+
+        Yields:
+            An outcome for each prompt.
+
+        Raises:
+            InvalidRequestError: An argument cannot be used. Nothing was sent. A bad item is an outcome, not an error.
+
+        Credits:
+            As for `submit`, for each prompt.
+
+        Source: "Generate Diagrams", "Edit Images", "Limits".
+        """
+        if not isinstance(items, Sequence | AsyncIterable) and isinstance(items, Iterable):
+            items = DrawnInThread(items)  # it may block, and every other call with it
+        make = partial(
+            AsyncConceptViz.generate_many,
+            items=items,
+            batch_size=batch_size,
+            max_in_flight=max_in_flight,
+            ordered=ordered,
+            save_to=save_to,
+            timeout=timeout,
+        )
+        make(self._blocking.client)  # bad arguments are refused here, not by the first step
+        return self._blocking.iterate(make)
 
     def task(self, task_id: str) -> Task:
         """Pick a task up again by its id, in any process. Does no I/O.

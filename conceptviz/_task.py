@@ -6,14 +6,11 @@ What lives here: the public methods of a task. What must never live here: HTTP, 
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Hashable
 
 import anyio
 
-from ._errors import ConceptVizError
-from ._events import Completed, Failed
 from ._models import Result, Submission, TaskState
-from ._policy import Watch
 from ._poller import Looks, Poller
 from ._wire import build_result
 
@@ -34,6 +31,7 @@ class AsyncTask:
         accepted_at: float | None = None,
         settle: Callable[[TaskState], Awaitable[None]] | None = None,
         end: TaskState | None = None,
+        kind: Hashable = None,
     ) -> None:
         self._poller = poller
         self._id = task_id
@@ -41,6 +39,7 @@ class AsyncTask:
         self._accepted_at = accepted_at
         self._settle = settle
         self._end = end
+        self._kind = kind
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self._id}>"
@@ -123,28 +122,15 @@ class AsyncTask:
         return self._submission.prompts if self._submission else ()
 
     def _looks(self, started: float, timeout: float | None) -> Looks:
-        polling = self._poller.polling
-        if timeout is None:
-            timeout = polling.timeout
-        now = anyio.current_time()
-        accepted = self._accepted_at
-        return Looks(
-            self._poller,
-            self._id,
-            self._prompts,
-            started_at=now if accepted is None else accepted,
-            # Never later than that from now: the clock of another event loop may have been ahead of this one's.
-            next_at=now if accepted is None else min(max(now, accepted + polling.first_look), now + polling.first_look),
-            deadline=started + timeout,
-            timeout=timeout,
-            watch=Watch(self._id, accepted),
+        return self._poller.looks(
+            self._id, self._prompts, kind=self._kind, accepted_at=self._accepted_at, started=started, timeout=timeout
         )
 
     async def _wait_until(self, started: float, timeout: float | None) -> Result:
         """Wait as `wait` does, with the time counted from `started` on the event loop's clock."""
-        elapsed = 0.0
         if self._end is None:
             looks = self._looks(started, timeout)
+            looks.enter()
             try:
                 async for state in looks:
                     self._end = state if state.is_terminal else None
@@ -156,17 +142,11 @@ class AsyncTask:
                     self._id,
                 )
                 raise
+            finally:
+                looks.leave()
             elapsed = anyio.current_time() - looks.started_at
             assert self._end is not None  # the looks end with the task, or raise
             if self._settle is not None:
                 await self._settle(self._end)
-            await self._announce(self._end, elapsed)
+            return await self._poller.announce(self._end, self._submission, elapsed)
         return build_result(self._end, self._submission)
-
-    async def _announce(self, end: TaskState, elapsed: float) -> None:
-        try:
-            result = build_result(end, self._submission)
-        except ConceptVizError as error:
-            await self._poller.emit(Failed(task_id=self._id, error=error, elapsed=elapsed))
-        else:
-            await self._poller.emit(Completed(task_id=self._id, result=result, elapsed=elapsed))

@@ -29,7 +29,7 @@ from ._calls import ApiCall
 from ._config import Secret
 from ._errors import ConceptVizError, Credits, NotSentError, PollInterruptedError, ServerError
 from ._events import Event, Retrying
-from ._exchange import Carrier, Kind, LoopBound, Received, Turns
+from ._exchange import Carrier, Kind, LoopBound, Received, Turns, share_of
 from ._json import MAX_ANSWER_BYTES
 from ._models import Retries, Submission, TaskState
 from ._pace import Pace
@@ -164,6 +164,16 @@ class Transport:
         # Only httpx's own transport is known to say when it is about to send; what is made of it may not.
         is_traced = not is_changed and is_own_transport(self._given)
         return ThroughHttpx(self._base_url, client, is_traced=is_traced)
+
+    @property
+    def most_submits(self) -> int:
+        """How many submits may be under way at once."""
+        return share_of(self._max_connections)
+
+    @property
+    def most_looks(self) -> int:
+        """How many looks may be under way at once."""
+        return share_of(self._max_connections)
 
     @asynccontextmanager
     async def turn(self) -> AsyncIterator[None]:

@@ -32,7 +32,6 @@ from conceptviz import (
     InvalidRequestError,
     JournalError,
     NotSentError,
-    Polling,
     RateLimitedError,
     Retries,
     ServerError,
@@ -108,8 +107,7 @@ def test_no_pause_is_made_up_that_nobody_asked_for(error: Any, spends: bool) -> 
 
 def test_after_an_answered_look_the_regular_interval_is_kept() -> None:
     """However long the pauses after failures are."""
-    polling = Polling(min_interval=0.25, max_interval=0.5, first_look=0.25)
-    assert pause_after_look(Watch(ID), None, polling, Retries(base_delay=8.0), Highest()) == 0.5
+    assert pause_after_look(Watch(ID), None, 0.5, Retries(base_delay=8.0), Highest()) == 0.5
 
 
 def test_the_fingerprint_of_a_key_is_the_same_in_every_release() -> None:

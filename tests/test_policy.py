@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 from random import Random
 from typing import Any
 
@@ -39,7 +38,7 @@ from conceptviz import (
     UnexpectedResponseError,
     WaitTimeoutError,
 )
-from conceptviz._policy import Watch, backoff, next_look, pause_after_look, retry_delay
+from conceptviz._policy import Watch, backoff, pause_after_look, retry_delay
 
 ID = "vaW29_MJ1wbnyFU4bl_pd"
 
@@ -151,29 +150,20 @@ def test_a_pause_that_was_asked_for_is_kept_within_bounds(asked: float | None, d
     assert retry_delay(error_of(ServerError, retry_after=asked), 1, RETRIES, HIGH, spends=False) == delay
 
 
-def test_looks_are_three_to_five_seconds_apart() -> None:
-    """Source: "Limits", Poll interval."""
-    assert next_look(POLLING, LOW) == 3.0
-    assert next_look(POLLING, HIGH) == 5.0
-    pauses = [next_look(POLLING, Random(seed)) for seed in range(50)]
-    assert all(3.0 <= pause <= 5.0 for pause in pauses)
-    assert len(set(pauses)) == 50
-
-
 def test_the_pause_after_a_look() -> None:
     """Regular after an answer; after failures longer and longer, and as long as the service asks."""
     watch = Watch(ID)
-    assert pause_after_look(watch, None, POLLING, RETRIES, HIGH) == 5.0
+    assert pause_after_look(watch, None, 5.0, RETRIES, HIGH) == 5.0
     error = error_of(ServerError)
     pauses = []
     for _ in range(6):
         watch.judge_error(error, 0.0)
-        pauses.append(pause_after_look(watch, error, POLLING, RETRIES, HIGH))
+        pauses.append(pause_after_look(watch, error, 5.0, RETRIES, HIGH))
     assert pauses == [5.0, 5.0, 5.0, 5.0, 8.0, 8.0]
-    assert pause_after_look(watch, error, POLLING, RETRIES, LOW) == 3.0
-    assert pause_after_look(watch, error_of(RateLimitedError, retry_after=90.0), POLLING, RETRIES, HIGH) == 90.0
-    assert pause_after_look(watch, error_of(ServerError, retry_after=20.0), POLLING, RETRIES, LOW) == 20.0
-    assert math.isclose(pause_after_look(watch, None, POLLING, RETRIES, Loaded(0.5)), 4.0)
+    assert pause_after_look(watch, error, 3.0, RETRIES, LOW) == 3.0
+    assert pause_after_look(watch, error_of(RateLimitedError, retry_after=90.0), 5.0, RETRIES, HIGH) == 90.0
+    assert pause_after_look(watch, error_of(ServerError, retry_after=20.0), 3.0, RETRIES, LOW) == 20.0
+    assert pause_after_look(watch, None, 4.0, RETRIES, Loaded(0.5)) == 4.0
 
 
 @pytest.mark.parametrize(

@@ -106,13 +106,11 @@ def waiting(
 
 
 def test_the_documented_spacing() -> None:
-    """The first look after 3 s, then one every 3 to 5 s, drawn anew each time."""
+    """A look every 3 to 5 s from the submit on, each pause drawn anew."""
     outcome, script, _ = waiting(*[RUNNING] * 20, completed("a"))
     assert isinstance(outcome, Result)
-    first, *gaps = script.gaps
-    assert first == 3.0
-    assert all(3.0 <= gap <= 5.0 for gap in gaps)
-    assert max(gaps) - min(gaps) > 0.2
+    assert all(3.0 <= gap <= 5.0 for gap in script.gaps)
+    assert len(set(script.gaps)) == 21
     assert script.count == 1 + 21
 
 
@@ -123,14 +121,15 @@ def test_a_task_picked_up_by_its_id_is_looked_at_at_once() -> None:
 
 
 def test_the_first_look_counts_from_the_submit() -> None:
-    """Who waits later waits less; the look is due 3 s after the accept, not after the call of `wait`."""
+    """Who waits later waits less; the look is due 3 to 5 s after the accept, not after the call of `wait`."""
 
     async def late(task: AsyncTask) -> Result:
         await anyio.sleep(2)
         return await task.wait()
 
     _, script, _ = waiting(completed("a"), wait=late)
-    assert script.gaps == [3.0]
+    [gap] = script.gaps
+    assert 3.0 <= gap <= 5.0
 
 
 def test_another_loops_clock_does_not_put_the_first_look_off() -> None:
@@ -145,7 +144,7 @@ def test_another_loops_clock_does_not_put_the_first_look_off() -> None:
 
     async def wait() -> None:
         await tasks[0].wait()
-        assert anyio.current_time() == 3.0
+        assert 3.0 <= anyio.current_time() <= 5.0
         await cv.aclose()
 
     in_virtual_time(submit)
@@ -271,7 +270,7 @@ def test_only_failures_in_a_row_count() -> None:
 def test_retry_after_of_a_look_is_honoured() -> None:
     """M87."""
     _, script, _ = waiting(answer(429, BUSY, {"retry-after": "20"}), completed("a"))
-    assert script.gaps == [3.0, 20.0]
+    assert script.gaps[1] == pytest.approx(20.0)
 
 
 @pytest.mark.parametrize("seen", [1, 4])
@@ -399,7 +398,8 @@ def test_the_first_end_counts() -> None:
     outcome, script, seconds = waiting(completed("a"), RUNNING, {"status": "failed"}, wait=twice)
     first, second = outcome
     assert first == second
-    assert (script.count, seconds) == (2, 3.0)
+    assert script.count == 2
+    assert 3.0 <= seconds <= 5.0
 
 
 def test_a_failed_end_is_kept_too() -> None:
@@ -421,7 +421,7 @@ def test_the_events_of_a_wait() -> None:
     polled = [event for event in events if isinstance(event, Polled)]
     [retrying] = [event for event in events if isinstance(event, Retrying)]
     assert [event.state.status for event in polled] == ["processing", "completed"]
-    assert polled[0].elapsed == 3.0
+    assert 3.0 <= polled[0].elapsed <= 5.0
     assert retrying.attempt == 1
     assert 3.0 <= retrying.delay <= 5.0
     assert polled[1].elapsed == events[-1].elapsed >= 9.0
