@@ -34,7 +34,7 @@ def main() -> None:
 def render(reports: list[dict[str, Any]]) -> str:
     lines = ["| row | figure | measured | goal | bold |", "|---|---|---:|---:|---:|"]
     lines += [
-        f"| {goal['row']} | {goal['says']} | {goal['measured']:g} | {goal['goal']:g} | {bold(goal)} |"
+        f"| {goal['row']} | {goal['says']} | {goal['measured']:g} | {aim(goal)} | {bold(goal)} |"
         for report in reports
         for goal in report["goals"]
     ]
@@ -49,6 +49,10 @@ def render(reports: list[dict[str, Any]]) -> str:
         load = f", load average {report['load']:g}" if "load" in report else ""
         lines.append(f"{rounds}, {report['measured']}, {report['machine']}{load}, {report['python']}; {versions}.")
     return "\n".join(lines) + "\n"
+
+
+def aim(goal: dict[str, Any]) -> str:
+    return f"{'at least ' if goal.get('at_least') else ''}{goal['goal']:g}"
 
 
 def bold(goal: dict[str, Any]) -> str:
