@@ -6,6 +6,7 @@ python benchmarks/plot.py [FOLDER]
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from importlib import import_module
@@ -58,15 +59,28 @@ def label(name: str, figures: Mapping[str, Any], count: int) -> str:
     return LABELS[name] + lacking
 
 
-def draw_bars(axes: Any, cells: Cells, figure: str, title: str, *, log: bool = False) -> None:
+def draw_bars(axes: Any, cells: Cells, figure: str, title: str) -> None:
     """Draw one bar for each client, with its value at its end."""
     values = [float(figures[figure]) for figures in cells.values()]
     axes.barh(range(len(cells)), values, color=[color(name) for name in cells], height=0.62)
     for row, value in enumerate(values):
         axes.annotate(shown(value), (value, row), xytext=(4, 0), textcoords="offset points", va="center")
-    finish(axes, title, log=log)
-    if not log:
-        axes.set_xlim(0, max(values) * 1.22)
+    finish(axes, title)
+    axes.set_xlim(0, max(values) * 1.25)
+
+
+def draw_connections(axes: Any, cells: Cells, title: str) -> None:
+    """Draw connections opened: those that looks came on, and in a lighter shade those for submits alone."""
+    totals = [float(figures["opened"]) for figures in cells.values()]
+    looks = [float(figures["opened_to_look"]) for figures in cells.values()]
+    shades = [color(name) for name in cells]
+    axes.barh(range(len(cells)), totals, color=shades, alpha=0.3, height=0.62)
+    axes.barh(range(len(cells)), looks, color=shades, height=0.62)
+    for row, (total, look) in enumerate(zip(totals, looks, strict=True)):
+        told = shown(look) + (f" + {shown(total - look)}" if total > look else "")
+        axes.annotate(told, (total, row), xytext=(4, 0), textcoords="offset points", va="center")
+    finish(axes, title)
+    axes.set_xlim(0, max(totals) * 1.4)
 
 
 def draw_delays(axes: Any, cells: Cells, title: str) -> None:
@@ -83,11 +97,9 @@ def draw_delays(axes: Any, cells: Cells, title: str) -> None:
     axes.set_xlim(0, most * 1.45)
 
 
-def finish(axes: Any, title: str, *, log: bool = False) -> None:
-    if log:
-        axes.set_xscale("log")
-    axes.set_title(f"{title}\n(log axis)" if log else title, linespacing=1.35, pad=10)
-    axes.grid(axis="x", color=FAINT)
+def finish(axes: Any, title: str, *, grid: str = "x") -> None:
+    axes.set_title(title, linespacing=1.35, pad=10)
+    axes.grid(axis=grid, color=FAINT)
     axes.tick_params(length=0)
 
 
@@ -97,9 +109,9 @@ def shown(value: float) -> str:
     return f"{value:.2g}" if value < 10 else f"{value:.3g}"
 
 
-def name_rows(axes: Any, labels: Sequence[str]) -> None:
+def name_rows(axes: Any, labels: Sequence[str], rows: int) -> None:
     axes.set_yticks(range(len(labels)), labels)
-    axes.set_ylim(len(labels) - 0.45, -0.55)
+    axes.set_ylim(rows - 0.45, -0.55)
     for tick, text in zip(axes.get_yticklabels(), labels, strict=True):
         if text.startswith(LABELS[OURS]):
             tick.set_fontweight("bold")
@@ -115,8 +127,8 @@ def draw_fan_out(plt: Any, report: Mapping[str, Any]) -> Any:
     canvas, (cpu, delay, connections) = plt.subplots(1, 3, figsize=(13, 0.62 * len(cells) + 1.8), sharey=True)
     draw_bars(cpu, cells, "cpu_s", "CPU time of the client, s")
     draw_delays(delay, cells, "From ready to seen, s\n(dot: mean; bar: 95th percentile)")
-    draw_bars(connections, cells, "opened", "Connections opened", log=True)
-    name_rows(cpu, [label(name, figures, count) for name, figures in cells.items()])
+    draw_connections(connections, cells, "Connections opened: for looks\n+ for submits alone (lighter)")
+    name_rows(cpu, [label(name, figures, count) for name, figures in cells.items()], len(cells))
     canvas.suptitle(
         f"{count:,} generations at once, a tenth of real time: less is better everywhere",
         x=0.012,
@@ -132,37 +144,52 @@ def draw_in_flight(plt: Any, report: Mapping[str, Any]) -> Any:
     runs[report["count"]] = report["cells"]
     counts = sorted(runs)
     names = [name for name in LABELS if all(name in runs[count] for count in counts)]
-    canvas, panels = plt.subplots(1, 3, figsize=(13, 4.6))
+    canvas, panels = plt.subplots(1, 3, figsize=(14, 4.8))
     wanted = (
-        ("cpu_s", 1000.0, "CPU time per generation, ms"),
-        ("delay_p95_s", 1.0, "From ready to seen, s, 95th percentile"),
-        ("most_open", 1.0, "Connections open at once"),
+        ("cpu_s", "CPU time per generation, ms"),
+        ("delay_p95_s", "From ready to seen, s, 95th percentile"),
+        ("most_open", "Connections open at once"),
     )
-    for axes, (figure, unit, title) in zip(panels, wanted, strict=True):
-        for name in reversed(names):
-            values = [float(runs[n][name][figure]) * unit / (n if figure == "cpu_s" else 1) for n in counts]
+    for axes, (figure, title) in zip(panels, wanted, strict=True):
+        lines = {
+            name: [float(runs[n][name][figure]) * (1000 / n if figure == "cpu_s" else 1) for n in counts]
+            for name in names
+        }
+        for name, values in reversed(lines.items()):
             width = 2.6 if color(name) != REST else 1.4
             axes.plot(counts, values, "o-", color=color(name), linewidth=width, markersize=width + 2.5)
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.set_xticks(counts, [f"{n:,}" for n in counts])
+        axes.yaxis.set_major_locator(import_module("matplotlib.ticker").LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
         axes.minorticks_off()
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.set_xlabel("generations in flight")
-        axes.set_title(f"{title}\n(log axes)", linespacing=1.35, pad=10)
-        axes.grid(axis="y", color=FAINT)
-        axes.tick_params(length=0)
-    shades = dict.fromkeys(color(name) for name in names)
-    said = {
-        STRONG: "conceptviz, generate_many",
-        RELATED: "conceptviz, gather of generate",
-        FLOOR: "aiohttp, bare",
-        REST: "httpx, bare, and SDKs of fal, openai, replicate and runwayml",
-    }
-    handles = [plt.Line2D([], [], color=shade, linewidth=3, label=said[shade]) for shade in shades]
-    canvas.legend(handles=handles, loc="lower left", ncols=len(handles), frameon=False, bbox_to_anchor=(0.005, -0.075))
+        finish(axes, f"{title}\n(log axes)", grid="y")
+        name_ends(axes, counts[-1], {name: values[-1] for name, values in lines.items()})
     canvas.suptitle("More in flight: what each further generation costs", x=0.012, ha="left", fontweight="bold")
     return canvas
+
+
+def name_ends(axes: Any, x: float, ends: Mapping[str, float]) -> None:
+    """Write each line's name at its end, moved up as far as the name below it asks."""
+    low, high = axes.get_ylim()
+    last = -1.0
+    for name in sorted(ends, key=lambda name: ends[name]):
+        height = math.log(ends[name] / low) / math.log(high / low)
+        last = max(height, last + 0.062)
+        axes.annotate(
+            "conceptviz, gather" if name == OURS_GATHERED else LABELS[name].split("\n")[0],
+            (x, last),
+            xycoords=("data", "axes fraction"),
+            xytext=(8, 0),
+            textcoords="offset points",
+            va="center",
+            color=color(name) if color(name) != REST else INK,
+            fontweight="bold" if name == OURS else None,
+            fontsize=9.5,
+            annotation_clip=False,
+        )
 
 
 def draw_ten_thousand(plt: Any, report: Mapping[str, Any]) -> Any:
@@ -172,14 +199,14 @@ def draw_ten_thousand(plt: Any, report: Mapping[str, Any]) -> Any:
         {name: cells for name in LABELS if (cells := report["cells"].get(f"{name}, 10,000 {pace}"))}
         for pace in ("in real time", "at a tenth")
     )
-    canvas, panels = plt.subplots(1, 4, figsize=(14, 0.62 * max(len(real), len(tenth)) + 1.9))
+    canvas, panels = plt.subplots(1, 4, figsize=(15, 0.62 * max(len(real), len(tenth)) + 1.9))
     draw_bars(panels[0], real, "share_of_core", "In real time:\nshare of a core")
     draw_bars(panels[1], real, "peak_mib", "In real time:\npeak memory, MiB")
     draw_bars(panels[2], tenth, "x_ideal", "At a tenth (overload):\nlast result, x ideal")
     draw_delays(panels[3], tenth, "At a tenth: from ready to seen, s\n(dot: mean; bar: 95th percentile)")
     for at, cells in enumerate((real, real, tenth, tenth)):
         labels = [label(name, figures, count) for name, figures in cells.items()]
-        name_rows(panels[at], labels)
+        name_rows(panels[at], labels, max(len(real), len(tenth)))
         if at % 2:
             panels[at].set_yticklabels([])
     canvas.suptitle(f"{count:,} generations at once: less is better everywhere", x=0.01, ha="left", fontweight="bold")
@@ -209,14 +236,8 @@ def main() -> None:
         with plt.rc_context(STYLE):
             canvas = draw(plt, report)
             canvas.tight_layout(w_pad=2.5)
-            canvas.text(
-                0.995,
-                -0.015,
-                f"{report['measured']}, {report['machine']}, {report['python']}; loopback, stub of the API",
-                ha="right",
-                fontsize=8.5,
-                color="#6b7280",
-            )
+            told = f"{report['measured']}, {report['machine']}, {report['python']}; a stub of the API on loopback"
+            canvas.text(0.995, 0.985, told, ha="right", va="top", fontsize=8.5, color="#6b7280")
             canvas.savefig(folder / f"{name}.svg", bbox_inches="tight", facecolor="white", metadata={"Date": None})
             plt.close(canvas)
         print(folder / f"{name}.svg")
