@@ -169,11 +169,10 @@ class Server:
 
     def _stats(self) -> dict[str, float]:
         delays = [task.found_at - task.ready_at for task in self._tasks if task.found_at is not None]
+        # One delay is its own percentile; of none there is nothing to tell.
+        late = quantiles(delays, n=20, method="inclusive")[-1] if len(delays) > 1 else sum(delays)
         return {
-            "tasks": len(self._tasks),
-            "found": len(delays),
-            "delay_mean_s": fmean(delays) if delays else 0.0,
-            "delay_p95_s": quantiles(delays, n=20)[-1] if len(delays) > 1 else sum(delays),
+            **({"delay_mean_s": fmean(delays), "delay_p95_s": late} if delays else {}),
             "posts": self._posts,
             "looks": self._looks,
             "unknown": self._unknown,

@@ -85,8 +85,11 @@ def draw_connections(axes: Any, cells: Cells, title: str) -> None:
 
 def draw_delays(axes: Any, cells: Cells, title: str) -> None:
     """Draw for each client a line from the mean to the 95th percentile."""
-    most = max(float(figures["delay_p95_s"]) for figures in cells.values())
+    most = max(float(figures.get("delay_p95_s", 0)) for figures in cells.values())
     for row, (name, figures) in enumerate(cells.items()):
+        if "delay_p95_s" not in figures:
+            axes.annotate("none was seen", (0, row), xytext=(7, 0), textcoords="offset points", va="center")
+            continue
         mean, late = float(figures["delay_mean_s"]), float(figures["delay_p95_s"])
         axes.plot([mean, late], [row, row], color=color(name), linewidth=2.5, solid_capstyle="butt")
         axes.plot([mean], [row], "o", color=color(name), markersize=7)
@@ -143,7 +146,6 @@ def draw_in_flight(plt: Any, report: Mapping[str, Any]) -> Any:
     runs = {int(count): cells for count, cells in report["in_flight"].items()}
     runs[report["count"]] = report["cells"]
     counts = sorted(runs)
-    names = [name for name in LABELS if all(name in runs[count] for count in counts)]
     canvas, panels = plt.subplots(1, 3, figsize=(14, 4.8))
     wanted = (
         ("cpu_s", "CPU time per generation, ms"),
@@ -153,7 +155,8 @@ def draw_in_flight(plt: Any, report: Mapping[str, Any]) -> Any:
     for axes, (figure, title) in zip(panels, wanted, strict=True):
         lines = {
             name: [float(runs[n][name][figure]) * (1000 / n if figure == "cpu_s" else 1) for n in counts]
-            for name in names
+            for name in LABELS
+            if all(figure in runs[n].get(name, {}) for n in counts)
         }
         for name, values in reversed(lines.items()):
             width = 2.6 if color(name) != REST else 1.4
