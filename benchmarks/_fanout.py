@@ -112,6 +112,8 @@ class Work:
     def figures(self) -> RunFigures:
         if self.plan.traced:
             return {"kib_each": (tracemalloc.get_traced_memory()[1] - self._before) / 1024 / self.plan.count}
+        if self.done + self.errors.total() < self.plan.count:
+            self._last, self._last_cpu = time.perf_counter(), time.process_time()
         wall, cpu = self._last - self._started, self._last_cpu - self._cpu
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         figures: RunFigures = {
@@ -119,7 +121,7 @@ class Work:
             "errors": self.errors.total(),
             "last_s": wall,
             "cpu_s": cpu,
-            "share_of_core": cpu / wall if wall else 0.0,
+            "share_of_core": cpu / wall,
             "peak_mib": peak / (2**20 if sys.platform == "darwin" else 2**10),  # bytes there, KiB here
         }
         if self.errors:
