@@ -16,7 +16,7 @@ from _harness import RESULTS, table
 HERE = Path(__file__).parent
 ORDER = (
     *("submit_and_poll", "import", "first_answer", "poll", "fan_out", "in_flight"),
-    *("sync", "save", "upload", "journal", "lost_answer"),
+    *("sync", "save", "upload", "journal", "lost_answer", "schedule"),
 )
 START, END = "<!-- figures: written by run.py -->", "<!-- end of figures -->"
 

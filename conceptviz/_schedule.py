@@ -35,8 +35,8 @@ _LATEST = 0.6
 # A task that is ready at its first look was so at an unknown age before it.
 _READY_AT_FIRST = 0.75
 
-# When the mean of the last 5 to 15 is so many standard errors off that of all before them, of which there must be at
-# least 5, the service has changed.
+# When the mean of the last 5 to 15, without the longest and the shortest, is so many standard errors off that of all
+# before them, of which there must be at least 5, the service has changed.
 _SHORTEST = 5
 _LONGEST = 15
 _BEFORE = 5
@@ -154,15 +154,18 @@ class Durations:
         count, total, squares = _sums(self._logs)
         furthest, begins, is_changed = 0.0, 0, False
         for recent in range(1, min(_LONGEST, count - _BEFORE) + 1):
-            value = self._logs[-recent]
-            total -= value
-            squares -= value * value
+            last = self._logs[-recent:]
+            total -= last[0]
+            squares -= last[0] * last[0]
             mean, spread = _moments(count - recent, total, squares)
-            last = sum(self._logs[-recent:]) / recent
-            off = abs(last - mean) / (spread * math.sqrt(1 / recent + 1 / (count - recent)))
+            error = spread * math.sqrt(1 / recent + 1 / (count - recent))
+            off = abs(sum(last) / recent - mean) / error
             if off > furthest:
                 furthest, begins = off, recent
-            is_changed = is_changed or (recent >= _SHORTEST and off > _CHANGED)
+            if recent >= _SHORTEST:
+                # One straggler is no change.
+                middle = (sum(last) - min(last) - max(last)) / (recent - 2)
+                is_changed = is_changed or abs(middle - mean) > _CHANGED * error
         if is_changed:
             del self._logs[:-begins]
 
@@ -236,7 +239,7 @@ class Schedule:
         if not durations.is_learnt and age + polling.max_interval <= polling.typical[0]:
             apart = max(polling.min_interval, polling.max_interval / (1.0 + _JITTER))
         apart = min(polling.max_interval, apart * (1.0 + _JITTER * self.rng.random()))
-        return max(apart, self._end_of_quiet(durations) - age) if age < durations.quiet else apart
+        return max(apart, self._end_of_quiet(durations) - age)
 
     def _end_of_quiet(self, durations: Durations) -> float:
         """Return an age at which the quiet time is over; a different one for each task."""

@@ -17,6 +17,7 @@ from conceptviz._schedule import Durations, Schedule, seen_duration, spacing
 
 POLLING = Polling()
 SCALED = Polling(min_interval=0.1, max_interval=0.17, first_look=0.1, typical=(1, 3))
+EVEN = Polling(min_interval=4, max_interval=4)
 Law = Callable[[Random], float]
 
 
@@ -59,17 +60,24 @@ def spread(n: int, law: Law = USUAL) -> list[float]:
     return [law(rng) for _ in range(n)]
 
 
-@given(seconds=st.floats(0.1, 300.0), seed=st.integers(0, 99), waiting=st.integers(1, 10**5), known=st.integers(0, 4))
-def test_nothing_learnt_nothing_late(seconds: float, seed: int, waiting: int, known: int) -> None:
+@given(
+    seconds=st.floats(0.1, 300.0),
+    seed=st.integers(0, 99),
+    waiting=st.integers(1, 10**5),
+    known=st.integers(0, 4),
+    polling=st.sampled_from([POLLING, EVEN]),
+)
+def test_nothing_learnt_nothing_late(seconds: float, seed: int, waiting: int, known: int, polling: Polling) -> None:
     """However early a task ends, it is seen within the documented interval."""
-    schedule = Schedule(POLLING, Random(seed))
+    schedule = Schedule(polling, Random(seed))
     durations = schedule.of("kind")
     for _ in range(known):
         durations.end(durations.begin(), 60.0)
     assert durations.quiet == 0.0
     looks = ages(schedule, durations, seconds, waiting)
     assert looks[-1] - seconds <= 5.0
-    assert all(3.0 <= later - sooner <= 5.0 + 1e-9 for sooner, later in pairwise([0.0, *looks]))
+    for sooner, later in pairwise([0.0, *looks]):
+        assert polling.min_interval - 1e-9 <= later - sooner <= polling.max_interval + 1e-9
 
 
 @given(
@@ -77,7 +85,7 @@ def test_nothing_learnt_nothing_late(seconds: float, seed: int, waiting: int, kn
     seed=st.integers(0, 99),
     waiting=st.integers(1, 10**5),
     typical=st.floats(0.5, 500.0),
-    polling=st.sampled_from([POLLING, SCALED, Polling(min_interval=4, max_interval=4)]),
+    polling=st.sampled_from([POLLING, SCALED, EVEN]),
 )
 def test_looks_keep_the_documented_distance(
     seconds: float, seed: int, waiting: int, typical: float, polling: Polling
@@ -176,14 +184,24 @@ def test_the_fast_ones_of_many_at_once_say_nothing_yet() -> None:
 
 
 def test_a_place_counts_once() -> None:
-    durations = Durations(POLLING)
-    first, second = durations.begin(), durations.begin()
-    for _ in range(10):
-        durations.end(second, 60.0)
-    for _ in range(10):
-        durations.end(first, 60.0)
-        durations.end(second, 60.0)
-    assert not durations.is_learnt
+    durations, expected = Durations(POLLING), learnt(spread(100)).quiet
+    places = [durations.begin() for _ in range(101)]
+    for place, seconds in zip(places[1:], spread(100), strict=True):
+        durations.end(place, seconds)
+        durations.end(place, 1.0)
+    durations.end(places[0], None)
+    assert durations.quiet == expected
+    for place in places * 10:
+        durations.end(place, 1.0)
+    assert durations.quiet == expected
+    assert not durations._ended
+
+
+@pytest.mark.parametrize("seconds", [None, float("nan"), float("inf"), -1.0])
+def test_nothing_is_learnt_of_what_is_no_duration(seconds: float | None) -> None:
+    durations, expected = learnt(spread(20)), learnt(spread(20)).quiet
+    durations.end(durations.begin(), seconds)
+    assert durations.quiet == expected
 
 
 def test_a_place_that_was_given_up_blocks_nobody() -> None:
@@ -206,6 +224,17 @@ def test_a_place_that_nobody_ends_blocks_only_for_a_while() -> None:
     assert quiet > 30.0
     durations.end(forgotten, 600.0)
     assert durations.quiet == quiet
+
+
+def test_a_forgotten_place_blocks_for_a_while_even_after_many_at_once() -> None:
+    """How many were once under way is forgotten in time."""
+    durations = Durations(POLLING)
+    for place in [durations.begin() for _ in range(1000)]:
+        durations.end(place, 60.0)
+    durations.begin()
+    for _ in range(1500):
+        durations.end(durations.begin(), 20.0)
+    assert durations.quiet < 12.0
 
 
 def test_a_straggler_among_many_is_waited_for_and_then_left_out() -> None:
@@ -309,6 +338,18 @@ def test_any_duration_is_survived(seconds: list[float], times: int, polling: Pol
 def test_identical_durations_leave_room_for_a_faster_service() -> None:
     durations = learnt([60.0] * 200)
     assert math.isclose(durations.quiet, 0.6 * 60.0 - 1.5)
+
+
+def test_one_outlier_is_no_change() -> None:
+    """It takes several tasks to say that the service has changed."""
+    durations = learnt([*spread(100, uniform(55, 65)), 400.0])
+    assert durations.is_learnt
+    assert 30.0 < durations.quiet < 36.0
+
+
+def test_few_durations_are_taken_with_doubt() -> None:
+    few = [30.0, 45.0, 60.0, 75.0, 90.0]
+    assert learnt(few).quiet < learnt(few * 10).quiet - 4.0
 
 
 def test_only_the_last_200_are_kept() -> None:
