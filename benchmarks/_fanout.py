@@ -153,6 +153,7 @@ def present(*names: str) -> list[str]:
 
 
 def open_ours(work: Work) -> Any:
+    import conceptviz._connections  # noqa: F401 - what the first request would import
     from conceptviz import AsyncConceptViz, Polling
 
     least, most = work.plan.scaled(SPACING)

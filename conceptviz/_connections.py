@@ -8,13 +8,17 @@ live here: the key beyond the one request that carries it, a decision about what
 from __future__ import annotations
 
 import re
+import select
 import ssl
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
 import anyio
 import httpcore
+from anyio.abc import ByteStream, SocketAttribute
+from anyio.streams.tls import TLSAttribute, TLSStream
 
 from ._calls import ApiCall
 from ._exchange import USER_AGENT, Pieces, Received, Trace, finish
@@ -32,7 +36,7 @@ class Connections:
     Args:
         base_url: A checked base URL.
         context: What TLS is spoken with, or None for http.
-        timeout: Seconds that any single step may take; the whole is bounded by the caller's cancel scope.
+        timeout: Seconds in which a connection is to be made; the whole is bounded by the caller's cancel scope.
         keep_alive: Whether a connection serves more than one request.
     """
 
@@ -54,9 +58,8 @@ class Connections:
         self._path = parts.path
         self._context = context
         self._keep_alive = keep_alive
-        # TCP and TLS have half each: httpcore closes a socket that is late by its own clock, and drops one that is
-        # cancelled, as it would be by the bound on the whole.
-        self._timeouts = {"connect": timeout / 2, "read": timeout, "write": timeout}
+        # TCP and TLS have half each, so that they come to an end before the bound on the whole cancels them.
+        self._timeouts = {"connect": timeout / 2}
         self._headers = [
             (b"Host", parts.netloc.encode()),
             (b"Accept", b"*/*"),
@@ -134,38 +137,49 @@ class Connections:
 
 
 class _Backend(httpcore.AsyncNetworkBackend):
-    """httpcore's own way to the network, with an ear at it."""
-
-    def __init__(self) -> None:
-        self._backend = httpcore.AnyIOBackend()
+    """The way to the network: anyio's streams, on asyncio and trio."""
 
     async def connect_tcp(
         self,
         host: str,
         port: int,
         timeout: float | None = None,
-        local_address: str | None = None,
-        socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
+        local_address: str | None = None,  # noqa: ARG002 - httpcore's signature, and so below
+        socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,  # noqa: ARG002
     ) -> httpcore.AsyncNetworkStream:
-        return _Tap(await self._backend.connect_tcp(host, port, timeout, local_address, socket_options))
+        with _connecting(timeout):
+            return _Tap(await anyio.connect_tcp(host, port))
 
 
 class _Tap(httpcore.AsyncNetworkStream):
-    """A stream that remembers what came over it since something was last written to it."""
+    """A stream that remembers what came over it since something was last written to it.
 
-    def __init__(self, stream: httpcore.AsyncNetworkStream) -> None:
+    Its reads and writes have no time limits of their own: the whole exchange has one.
+    """
+
+    def __init__(self, stream: ByteStream) -> None:
         self._stream = stream
         self.came = bytearray()
 
-    async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
-        data = await self._stream.read(max_bytes, timeout)
+    async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:  # noqa: ARG002
+        try:
+            data = await self._stream.receive(max_bytes)
+        except anyio.EndOfStream:
+            return b""
+        except (anyio.BrokenResourceError, anyio.ClosedResourceError) as error:
+            raise httpcore.ReadError(str(error)) from error
         if len(self.came) <= MAX_ANSWER_BYTES:  # a longer answer is not read to its end
             self.came += data
         return data
 
-    async def write(self, buffer: bytes, timeout: float | None = None) -> None:
+    async def write(self, buffer: bytes, timeout: float | None = None) -> None:  # noqa: ARG002
+        if not buffer:
+            return
         self.came.clear()
-        await self._stream.write(buffer, timeout)
+        try:
+            await self._stream.send(buffer)
+        except (anyio.BrokenResourceError, anyio.ClosedResourceError) as error:
+            raise httpcore.WriteError(str(error)) from error
 
     async def aclose(self) -> None:
         await self._stream.aclose()
@@ -173,10 +187,49 @@ class _Tap(httpcore.AsyncNetworkStream):
     async def start_tls(
         self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
     ) -> httpcore.AsyncNetworkStream:
-        return _Tap(await self._stream.start_tls(ssl_context, server_hostname, timeout))
+        try:
+            with _connecting(timeout):
+                return _Tap(
+                    await TLSStream.wrap(
+                        self._stream,
+                        hostname=server_hostname,
+                        ssl_context=ssl_context,
+                        standard_compatible=False,
+                        server_side=False,
+                    )
+                )
+        except BaseException:
+            with anyio.CancelScope(shield=True), anyio.move_on_after(1):
+                await self.aclose()
+            raise
 
     def get_extra_info(self, info: str) -> Any:
-        return self._stream.get_extra_info(info)
+        if info == "ssl_object":
+            return self._stream.extra(TLSAttribute.ssl_object, None)  # noqa: S610 - anyio's, not Django's
+        if info == "is_readable":
+            return _is_readable(self._stream.extra(SocketAttribute.raw_socket))  # noqa: S610
+        return None
+
+
+@contextmanager
+def _connecting(timeout: float | None) -> Iterator[None]:
+    """Bound what makes a connection, and say in httpcore's words how it failed."""
+    try:
+        with anyio.fail_after(timeout):
+            yield
+    except TimeoutError as error:
+        raise httpcore.ConnectTimeout(str(error)) from error
+    except (OSError, anyio.BrokenResourceError, anyio.EndOfStream) as error:  # ssl.SSLError is an OSError
+        raise httpcore.ConnectError(str(error)) from error
+
+
+def _is_readable(sock: Any) -> bool:
+    """Say whether a socket has something to read, the end of its connection included."""
+    if not hasattr(select, "poll"):  # on Windows, where `select` has no limit that matters here
+        return bool(select.select([sock], [], [], 0)[0])
+    poll = select.poll()
+    poll.register(sock, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 def _holds_nothing_more(stream: object) -> bool:

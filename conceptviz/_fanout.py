@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing, suppress
 from pathlib import Path
+from typing import Any
 
 import anyio
 import anyio.abc
@@ -46,6 +47,7 @@ logger = logging.getLogger("conceptviz")
 
 # Seconds without a new item after which a batch is sent that is not full.
 _PAUSE = 0.1
+_NO_RAW: dict[str, Any] = {}
 
 
 @define(frozen=True)
@@ -304,7 +306,7 @@ class Run:
             timeout=self._options.timeout,
         )
         # What waits is kept small: nobody asks for the service's whole answer any more.
-        flight = _Flight(batch, looks, evolve(paid.submission, prompts=request.prompts, raw={}), paid.reservation)
+        flight = _Flight(batch, looks, evolve(paid.submission, prompts=request.prompts, raw=_NO_RAW), paid.reservation)
         looks.enter()
         self._flights.add(flight)
         if paid.end is None:

@@ -134,7 +134,7 @@ class Looks(AsyncIterator[TaskState]):
     deadline: float
     timeout: float
     watch: Watch
-    _last: TaskState | None = field(default=None, init=False)
+    _seen: TaskState | str | None = field(default=None, init=False)
     _error: ConceptVizError | None = field(default=None, init=False)
     _ran_until: float | None = field(default=None, init=False)
     _place: int | None = field(default=None, init=False)
@@ -149,7 +149,7 @@ class Looks(AsyncIterator[TaskState]):
         """Count it no more, and learn how long it took if that was seen."""
         self.poller.waiting -= 1
         if self._place is not None:
-            is_seen = self._last is not None and self._last.is_terminal and self._error is None
+            is_seen = self._end is not None and self._error is None
             age = self.next_at - self.started_at
             self.durations.end(self._place, seen_duration(self._ran_until, age) if is_seen else None)
             self._place = None
@@ -163,7 +163,7 @@ class Looks(AsyncIterator[TaskState]):
             APIStatusError: The service refuses to be asked about this task.
             UnexpectedResponseError: The task is completed without images.
         """
-        if self._last is not None and self._last.is_terminal:
+        if self._end is not None:
             raise StopAsyncIteration
         state = None
         while state is None:
@@ -187,9 +187,13 @@ class Looks(AsyncIterator[TaskState]):
             with anyio.move_on_after(self.deadline - now):
                 return await self._look()
         # A slow hook may have used up the time after the look that found the end.
-        if self._last is not None and self._last.is_terminal:
-            return self._last
+        if self._end is not None:
+            return self._end
         raise self._timed_out()
+
+    @property
+    def _end(self) -> TaskState | None:
+        return self._seen if isinstance(self._seen, TaskState) and self._seen.is_terminal else None
 
     async def _look(self) -> TaskState | None:
         poller = self.poller
@@ -207,7 +211,9 @@ class Looks(AsyncIterator[TaskState]):
         elif state is not None and not self.watch.judge_state(state):
             state = None
         if state is not None:
-            self._last = state
+            # Thousands may wait: of an answer that says nothing else, the word is kept.
+            is_bare = not state.is_terminal and state.raw == {"status": state.status}
+            self._seen = state.status if is_bare else state
             if state.is_terminal:
                 self.next_at = now
             else:
@@ -226,13 +232,16 @@ class Looks(AsyncIterator[TaskState]):
         return state
 
     def _timed_out(self) -> WaitTimeoutError:
-        seen = f"it was last seen as {self._last.status!r}" if self._last else "no look at it was answered"
+        last = self._seen
+        if isinstance(last, str):
+            last = TaskState(self.task_id, last, raw={"status": last})
+        seen = f"it was last seen as {last.status!r}" if last else "no look at it was answered"
         failed = f", and the last {self.watch.failures} looks failed ({self._error})" if self._error else ""
         return WaitTimeoutError(
             f"Task {self.task_id} had not ended after {self.timeout:g} s: {seen}{failed}. It goes on at the service "
             f"and is paid for; take it up again with task({self.task_id!r}).wait().",
             task_id=self.task_id,
-            last_state=self._last,
+            last_state=last,
         )
 
     def _interrupted(self, error: ConceptVizError) -> PollInterruptedError:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -122,6 +123,7 @@ def read_state(task_id: str, prompts: Sequence[str], data: Mapping[str, Any]) ->
     # A terminal status is recognised however it is cased: to miss one is to wait for a task that has ended.
     if status.lower() in _spec.TERMINAL_STATUSES:
         status = status.lower()
+    status = sys.intern(status)  # the same few words, for any number of tasks
     images = data.get("images")
     return TaskState(
         task_id=task_id,
