@@ -20,9 +20,10 @@ Item: TypeAlias = str | GenerateRequest | EditRequest
 Items: TypeAlias = Iterable[Item] | AsyncIterable[Item]
 
 _END: Any = object()
+_UNNAMED = (None,)
 
 
-@define(eq=False)
+@define(eq=False, weakref_slot=False)
 class Batch:
     """One request to be submitted, and the prompts whose outcomes it decides.
 
@@ -102,6 +103,8 @@ def as_batch(item: object, place: int, index: int) -> Batch:
             "Nothing was sent for it."
         )
     count, name = len(item.prompts), item.name
+    if count == 1 and name is None:
+        return Batch(item, place, index, is_one_item=False, names=_UNNAMED)
     names = (name,) if count == 1 else tuple(None if name is None else f"{name}-{n}" for n in range(count))
     return Batch(item, place, index, is_one_item=count > 1, names=names)
 

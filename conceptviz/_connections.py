@@ -159,6 +159,8 @@ class _Tap(httpcore.AsyncNetworkStream):
 
     def __init__(self, stream: ByteStream) -> None:
         self._stream = stream
+        self._socket = stream.extra(SocketAttribute.raw_socket)  # noqa: S610 - anyio's, not Django's
+        self.tls: ssl.SSLObject | None = stream.extra(TLSAttribute.ssl_object, None)  # noqa: S610
         self.came = bytearray()
 
     async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:  # noqa: ARG002
@@ -205,10 +207,8 @@ class _Tap(httpcore.AsyncNetworkStream):
 
     def get_extra_info(self, info: str) -> Any:
         if info == "ssl_object":
-            return self._stream.extra(TLSAttribute.ssl_object, None)  # noqa: S610 - anyio's, not Django's
-        if info == "is_readable":
-            return _is_readable(self._stream.extra(SocketAttribute.raw_socket))  # noqa: S610
-        return None
+            return self.tls
+        return _is_readable(self._socket) if info == "is_readable" else None
 
 
 @contextmanager
@@ -239,12 +239,11 @@ def _holds_nothing_more(stream: object) -> bool:
     came = bytes(stream.came)
     if _answer_length(came) != len(came):
         return False
-    tls = stream.get_extra_info("ssl_object")
-    if tls is None:
+    if stream.tls is None:
         return True
     # More may lie between the socket and us: deciphered on demand only, and on no descriptor to be seen.
     try:
-        tls.read(1)
+        stream.tls.read(1)
     except ssl.SSLWantReadError:
         return True
     except ssl.SSLError:

@@ -134,6 +134,11 @@ class Core:
             if self._owns_journal and self.journal is not None:
                 await to_thread.run_sync(self.journal.close)
 
+    @property
+    def has_hook(self) -> bool:
+        """Whether anybody hears of events."""
+        return self._on_event is not None
+
     async def emit(self, event: Event) -> None:
         """Tell the hook; an awaitable that it returns is awaited."""
         if self._on_event is not None:

@@ -14,7 +14,6 @@ from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing, suppress
 from pathlib import Path
-from typing import Any
 
 import anyio
 import anyio.abc
@@ -47,7 +46,6 @@ logger = logging.getLogger("conceptviz")
 
 # Seconds without a new item after which a batch is sent that is not full.
 _PAUSE = 0.1
-_NO_RAW: dict[str, Any] = {}
 
 
 @define(frozen=True)
@@ -77,14 +75,23 @@ def _check_whole(name: str, value: object, most: int | None) -> None:
         raise InvalidRequestError(f"{name} must be {f'1 to {most}' if most else 'at least 1'}, not {value!r}.")
 
 
-@define(eq=False, repr=False)
+@define(eq=False, repr=False, weakref_slot=False)
 class _Flight:
-    """A batch that is paid for, and waits for its task."""
+    """A batch that is paid for, and waits for its task. There may be thousands: it holds no more than it must.
+
+    Attributes:
+        batch: The batch.
+        looks: The looks at its task.
+        credits_used: What it cost, as far as the service said.
+        reservation: The same, of the budget.
+        submission: The receipt, if there is a hook that will want it.
+    """
 
     batch: Batch
     looks: Looks
-    submission: Submission
+    credits_used: int | None
     reservation: Reservation | None
+    submission: Submission | None
 
 
 class Run:
@@ -188,14 +195,15 @@ class Run:
         """Name the tasks that are paid for and not waited for any more: none is lost in silence."""
         for flight in self._flights:
             flight.looks.leave()
-        ids = {outcome.task_id: None for outcome in (*self._ready, *self._early.values()) if outcome.task_id}
-        ids |= {flight.looks.task_id: None for flight in self._flights}
+        ids = {flight.looks.task_id for flight in self._flights}
+        ids |= {outcome.task_id for outcome in (*self._ready, *self._early.values()) if outcome.task_id}
         if self._is_left and ids:
             logger.warning(
-                "Left %d tasks whose outcomes nobody took. They are paid for and go on at the service; task(id).wait() "
-                "takes each up again: %s",
+                "Left %d tasks whose outcomes nobody took. They are paid for and go on at the service; %s",
                 len(ids),
-                " ".join(ids),
+                "the journal has them: run the same keys again, or take them up with resume()."
+                if self._core.journal is not None
+                else f"task(id).wait() takes each up again: {' '.join(sorted(ids))}",
             )
 
     async def _draw(self) -> None:
@@ -305,8 +313,8 @@ class Run:
             started=anyio.current_time(),
             timeout=self._options.timeout,
         )
-        # What waits is kept small: nobody asks for the service's whole answer any more.
-        flight = _Flight(batch, looks, evolve(paid.submission, prompts=request.prompts, raw=_NO_RAW), paid.reservation)
+        submission = paid.submission if self._core.has_hook else None
+        flight = _Flight(batch, looks, paid.submission.credits_used, paid.reservation, submission)
         looks.enter()
         self._flights.add(flight)
         if paid.end is None:
@@ -366,14 +374,18 @@ class Run:
     def _land(self, flight: _Flight, results: Sequence[ConceptVizError | Outcome]) -> None:
         flight.looks.leave()
         self._flights.discard(flight)
-        self._finish(flight.batch, results, flight.submission)
+        self._finish(flight.batch, results, flight.looks.task_id, flight.credits_used)
 
     def _finish(
-        self, batch: Batch, results: Sequence[ConceptVizError | Outcome], submission: Submission | None = None
+        self,
+        batch: Batch,
+        results: Sequence[ConceptVizError | Outcome],
+        task_id: str | None = None,
+        credits_used: int | None = None,
     ) -> None:
         self._unfinished -= 1
         self._changed.set()
-        outcomes = outcomes_of(batch, results, submission)
+        outcomes = outcomes_of(batch, results, task_id, credits_used)
         for n, outcome in enumerate(outcomes):
             self._deliver(batch.place + n, outcome)
         key = batch.request.key
@@ -384,7 +396,7 @@ class Run:
                 self._copy(repeat, kept)
 
     def _fail(self, batch: Batch, error: ConceptVizError) -> None:
-        for n, outcome in enumerate(outcomes_of(batch, [error] * batch.size, None)):
+        for n, outcome in enumerate(outcomes_of(batch, [error] * batch.size)):
             self._deliver(batch.place + n, outcome)
 
     def _repeat(self, batch: Batch, key: str) -> None:

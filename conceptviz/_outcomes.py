@@ -8,24 +8,27 @@ from attrs import evolve
 
 from ._batches import Batch
 from ._errors import ConceptVizError, Credits, NotSentError, UnexpectedResponseError
-from ._models import Outcome, Result, Submission
+from ._models import Outcome, Result
 
 
 def outcomes_of(
-    batch: Batch, results: Sequence[ConceptVizError | Outcome], submission: Submission | None
+    batch: Batch,
+    results: Sequence[ConceptVizError | Outcome],
+    task_id: str | None = None,
+    credits_used: int | None = None,
 ) -> list[Outcome]:
     """Return the outcome of each prompt of a batch.
 
     Args:
         batch: The batch.
         results: What became of each of its prompts: an error, or an outcome that knows nothing but its image.
-        submission: The receipt, or None if there is none.
+        task_id: Its task, or None if there is none.
+        credits_used: What the task cost, or None if nobody knows.
     """
-    used = None if submission is None else submission.credits_used
     outcomes = []
     for n, (prompt, result) in enumerate(zip(batch.request.prompts, results, strict=True)):
         # What does not divide evenly is on the first.
-        share = None if used is None else used // batch.size + (n < used % batch.size)
+        share = None if credits_used is None else credits_used // batch.size + (n < credits_used % batch.size)
         if isinstance(result, ConceptVizError) and result.credits in {Credits.NOT_SPENT, Credits.REFUNDED}:
             share = 0
         outcomes.append(
@@ -34,7 +37,7 @@ def outcomes_of(
                 index=batch.index if batch.is_one_item else batch.index + n,
                 prompt=prompt,
                 key=batch.request.key,
-                task_id=None if submission is None else submission.task_id,
+                task_id=task_id,
                 credits_used=share,
             )
         )

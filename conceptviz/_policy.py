@@ -91,7 +91,7 @@ def _asked(error: ConceptVizError) -> float:
     return (error.retry_after or 0.0) if isinstance(error, APIStatusError) else 0.0
 
 
-@define(eq=False, repr=False)
+@define(eq=False, repr=False, weakref_slot=False)
 class Watch:
     """What the looks at one task have shown so far: which of them count, and when to give up.
 

@@ -106,7 +106,7 @@ class Poller:
         return result
 
 
-@define(eq=False, repr=False)
+@define(eq=False, repr=False, weakref_slot=False)
 class Looks(AsyncIterator[TaskState]):
     """The looks at one task, up to the one that finds it ended.
 

@@ -106,7 +106,11 @@ class Submits:
         submit = _Submit(self, call, request)
         self._under_way.add(submit)
         try:
-            paid = await to_the_end(submit.run)
+            try:
+                paid = await to_the_end(submit.run)
+            finally:
+                self._under_way.discard(submit)
+                submit.done.set()
             if paid.is_new:
                 await self.emit(Submitted(task_id=paid.submission.task_id, submission=paid.submission))
                 for difference in differences(request, paid.submission):
@@ -117,9 +121,6 @@ class Submits:
         except BaseException:
             submit.warn()
             raise
-        finally:
-            self._under_way.discard(submit)
-            submit.done.set()
         return paid
 
     async def settled(self) -> None:

@@ -103,10 +103,10 @@ def read_receipt(task_id: str, prompts: Sequence[str], data: Mapping[str, Any]) 
     """
     return Submission(
         task_id=task_id,
-        status=text_or_none(data.get("status")) or "pending",
-        model=text_or_none(data.get("model")),
-        quality=text_or_none(data.get("quality")),
-        aspect_ratio=text_or_none(data.get("aspect_ratio")),
+        status=_word(data.get("status")) or "pending",
+        model=_word(data.get("model")),
+        quality=_word(data.get("quality")),
+        aspect_ratio=_word(data.get("aspect_ratio")),
         credits_used=count_or_none(data.get("credits_used")),
         credits_remaining=count_or_none(data.get("credits_remaining")),
         prompts=tuple(prompts),
@@ -119,11 +119,10 @@ def read_state(task_id: str, prompts: Sequence[str], data: Mapping[str, Any]) ->
 
     Source: "Step 2: Poll for Results".
     """
-    status = text_or_none(data.get("status")) or ""
+    status = _word(data.get("status")) or ""
     # A terminal status is recognised however it is cased: to miss one is to wait for a task that has ended.
     if status.lower() in _spec.TERMINAL_STATUSES:
         status = status.lower()
-    status = sys.intern(status)  # the same few words, for any number of tasks
     images = data.get("images")
     return TaskState(
         task_id=task_id,
@@ -155,6 +154,11 @@ def unanswered_submission(
         expected_credits=expected,
         last_step=last_step,
     )
+
+
+def _word(value: object) -> str | None:
+    """Read one of the service's few words, and keep it once for any number of tasks."""
+    return sys.intern(value) if isinstance(value, str) and len(value) < 32 else text_or_none(value)
 
 
 def _identifying(answer: Answer) -> dict[str, str]:
