@@ -381,8 +381,9 @@ def test_cancelled_while_it_connects(backend: str, path: Path) -> None:
             KEY, base_url=server.base_url.replace("http:", "https:"), timeout=30.0, journal=journal, budget=2
         )
         async with cv:
+            scope = anyio.CancelScope()
             async with anyio.create_task_group() as group:
-                with anyio.fail_after(10), anyio.CancelScope() as scope:
+                with anyio.fail_after(10), scope:
                     group.start_soon(interrupt_on_connection, server, scope)
                     await cv.submit("a", key="k")
             assert scope.cancelled_caught
@@ -407,8 +408,9 @@ def test_an_answer_that_does_not_come_within_the_grace(
     async def main() -> None:
         budget = Budget(2)
         async with at(server, journal if journaled else None, budget=budget, timeout=30.0) as cv:
+            scope = anyio.CancelScope()
             async with anyio.create_task_group() as group:
-                with anyio.fail_after(10), anyio.CancelScope() as scope:
+                with anyio.fail_after(10), scope:
                     group.start_soon(interrupt_on_arrival, server, scope)
                     await cv.submit("a", key="k")
             assert scope.cancelled_caught

@@ -703,27 +703,28 @@ async def test_a_key_that_is_under_way_elsewhere_is_waited_for(end: str, path: P
         if point == "after claim":
             looked.set()
 
+    got: list[Any] = []
+
+    async def submit(cv: AsyncConceptViz) -> None:
+        try:
+            got.append((await cv.submit("a", key="k")).id)
+        except SubmissionUnknownError as error:
+            got.append(error.attempt_id)
+
     with Server() as server, Journal(path) as other, Watched(path, watch) as journal:
-        async with at(server, journal) as cv, anyio.create_task_group() as group:
+        async with at(server, journal) as cv:
             entry = _claimed(other, "a", cv)
             other.sending(entry.id)
-            got: list[Any] = []
-
-            async def submit() -> None:
-                try:
-                    got.append((await cv.submit("a", key="k")).id)
-                except SubmissionUnknownError as error:
-                    got.append(error.attempt_id)
-
-            group.start_soon(submit)
-            await anyio.to_thread.run_sync(looked.wait, 5)
-            await anyio.wait_all_tasks_blocked()
-            assert got == []
-            assert server.ledger.connections == 0
-            if end == "accepted":
-                _accepted(other, entry)
-            else:
-                other.ended(entry.id, UNKNOWN if end == "unknown" else NOT_SENT)
+            async with anyio.create_task_group() as group:
+                group.start_soon(submit, cv)
+                await anyio.to_thread.run_sync(looked.wait, 5)
+                await anyio.wait_all_tasks_blocked()
+                assert got == []
+                assert server.ledger.connections == 0
+                if end == "accepted":
+                    _accepted(other, entry)
+                else:
+                    other.ended(entry.id, UNKNOWN if end == "unknown" else NOT_SENT)
         posts = server.ledger.posts
     expected = {"accepted": TASK, "unknown": entry.id, "not sent": posts[0].task_id if posts else ""}
     assert got == [expected[end]]
