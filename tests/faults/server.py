@@ -56,10 +56,11 @@ class _Task:
 class _Wire:
     """One connection's bytes. EOFError says that the client ended where more was needed."""
 
-    def __init__(self, sock: socket.socket, over: threading.Event) -> None:
+    def __init__(self, sock: socket.socket, over: threading.Event, count: Callable[[int], None]) -> None:
         self.sock = sock
         self.buffer = bytearray()
         self._over = over
+        self._count = count
 
     def until(self, mark: bytes) -> int:
         """Wait for a mark; return where it ends."""
@@ -82,6 +83,7 @@ class _Wire:
         if not data:
             raise EOFError
         self.buffer += data
+        self._count(len(data))
 
     def send(self, data: bytes, pause: float = 0.0) -> None:
         """Send bytes in one go, or one by one with a pause after each."""
@@ -153,7 +155,7 @@ class Server(Listener):
         return partial(self._serve, sock, next(self._steps["connection"], None))
 
     def _serve(self, sock: socket.socket, step: Step | None) -> None:
-        wire = _Wire(sock, self._over)
+        wire = _Wire(sock, self._over, self._count)
         try:
             if step is not None:
                 assert isinstance(step.read, int)
@@ -167,6 +169,10 @@ class Server(Listener):
             pass  # the client is gone: scripts bring that about
         finally:
             self._let_go(sock)
+
+    def _count(self, size: int) -> None:
+        with self._lock:
+            self.ledger.received += size
 
     def _exchange(self, wire: _Wire) -> bool:
         """Do one exchange; return whether the connection is kept for another."""

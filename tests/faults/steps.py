@@ -217,6 +217,7 @@ class Ledger:
         looks: How many GETs of a task there were.
         images: How many other GETs there were.
         posts: Every POST whose first line arrived.
+        received: How many bytes were read, on all connections together.
     """
 
     connections: int = 0
@@ -224,6 +225,7 @@ class Ledger:
     looks: int = 0
     images: int = 0
     posts: list[Post] = field(factory=list)
+    received: int = 0
 
     @property
     def requests(self) -> int:
