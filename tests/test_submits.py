@@ -655,6 +655,26 @@ async def test_a_key_is_paid_for_once(journal: Journal) -> None:
     assert [type(event) for event in events].count(Submitted) == 1
 
 
+@pytest.mark.parametrize("key", ["k", None], ids=["with a key", "without one"])
+async def test_images_of_an_ended_task_that_nobody_saved_cost_nothing_more(
+    key: str | None, path: Path, tmp_path: Path
+) -> None:
+    """It is no more to be resumed: its key brings it back, or the id that the journal holds."""
+    with Server() as server:
+        with Journal(path) as journal:
+            async with at(server, journal) as cv:
+                await cv.generate("a", key=key)
+        with Journal(path) as journal:  # in another process, after the first was killed
+            async with at(server, journal) as cv:
+                assert await cv.resume() == []
+                [ended] = journal.entries(COMPLETED)
+                assert ended.task_id is not None
+                result = await (cv.generate("a", key=key) if key else cv.task(ended.task_id).wait())
+                assert [saved.exists() for saved in await cv.save(result, tmp_path)] == [True]
+                assert result.task_id == ended.task_id
+    assert len(server.ledger.posts) == 1
+
+
 async def test_a_task_that_failed_without_a_refund_is_not_paid_for_again(journal: Journal) -> None:
     """Its end, an HTTP 500 that does not hold the word, is recalled as what it was."""
     five_hundred = answer(500, {"error": "no", "code": "GENERATION_FAILED"})
