@@ -18,6 +18,7 @@ import anyio
 import anyio.lowlevel
 import pytest
 import trio
+import trio.testing
 from faults.server import Server
 from faults.steps import End, Script, Step, refuse
 from helpers import KEY, QUICK, QUICK_POLLING, assert_no_key_logged
@@ -73,6 +74,7 @@ async def arrival(server: Server) -> None:
 async def interrupt_on_arrival(server: Server, scope: anyio.CancelScope) -> None:
     await arrival(server)
     scope.cancel()
+    server.tell()
 
 
 async def interrupt_on_connection(server: Server, scope: anyio.CancelScope) -> None:
@@ -311,13 +313,14 @@ def test_wait_for_and_timeout(path: Path) -> None:
         async with at(server, journal) as cv:
             task = asyncio.ensure_future(cv.submit("a", key="k"))
             await arrival(server)
+            asyncio.get_running_loop().call_later(0.05, server.tell)
             with pytest.raises(asyncio.TimeoutError):
                 await asyncio.wait_for(task, 0.01)
             [entry] = journal.entries()
             assert (entry.state, entry.task_id) == (ACCEPTED, server.ledger.posts[0].task_id)
             assert (await cv.submit("a", key="k")).id == entry.task_id
 
-    with Server(Script(posts=(Step(delay=0.15),))) as server, Journal(path) as journal:
+    with Server(Script(posts=(Step(until_told=True),))) as server, Journal(path) as journal:
         asyncio.run(main())
     assert len(server.ledger.posts) == 1
 
@@ -366,7 +369,7 @@ def test_a_refusal_that_comes_after_the_cancellation_is_not_followed_by_another_
             assert scope.cancelled_caught
             assert [entry.state for entry in journal.entries()] == [REJECTED]
 
-    late = Step(charge=False, delay=0.15, answer=refuse(429, "MODERATION_RATE_LIMITED").answer)
+    late = Step(charge=False, until_told=True, answer=refuse(429, "MODERATION_RATE_LIMITED").answer)
     with Server(Script(posts=(late,))) as server, Journal(path) as journal:
         anyio.run(main, backend=backend)
     assert len(server.ledger.posts) == 1
@@ -524,14 +527,15 @@ class TestToTheEnd:
     def test_work_that_holds_something_is_finished_first(self, backend: str) -> None:
         ended: list[bool] = []
 
-        async def work(stake: Stake) -> None:
+        async def work(stake: Stake, scope: anyio.CancelScope) -> None:
             stake.is_held = True
-            await anyio.sleep(0.1)
+            scope.cancel()
+            await anyio.sleep(0.05)
             ended.append(stake.is_stopped)
 
         async def main() -> None:
-            with anyio.move_on_after(0.01) as scope:
-                await to_the_end(work)
+            with anyio.CancelScope() as scope:
+                await to_the_end(lambda stake: work(stake, scope))
             assert scope.cancelled_caught
             assert ended == [True]
 
@@ -542,16 +546,17 @@ class TestToTheEnd:
         monkeypatch.setattr(_submits, "GRACE", 0.05)
         ended: list[str] = []
 
-        async def work(stake: Stake) -> None:
+        async def work(stake: Stake, scope: anyio.CancelScope) -> None:
             stake.is_held = True
+            scope.cancel()
             try:
                 await anyio.sleep_forever()
             finally:
                 ended.append("cancelled")
 
         async def main() -> None:
-            with anyio.fail_after(5), anyio.move_on_after(0.01) as scope:
-                await to_the_end(work)
+            with anyio.fail_after(5), anyio.CancelScope() as scope:
+                await to_the_end(lambda stake: work(stake, scope))
             assert scope.cancelled_caught
             assert ended == ["cancelled"]
 
@@ -559,14 +564,15 @@ class TestToTheEnd:
 
     @BACKENDS
     def test_an_interruption_comes_before_an_error(self, backend: str) -> None:
-        async def work(stake: Stake) -> None:
+        async def work(stake: Stake, scope: anyio.CancelScope) -> None:
             stake.is_held = True
+            scope.cancel()
             await anyio.sleep(0.05)
             raise LookupError
 
         async def main() -> None:
-            with anyio.move_on_after(0.01) as scope:
-                await to_the_end(work)
+            with anyio.CancelScope() as scope:
+                await to_the_end(lambda stake: work(stake, scope))
             assert scope.cancelled_caught
 
         anyio.run(main, backend=backend)
@@ -599,8 +605,9 @@ class TestToTheEnd:
 
     @BACKENDS
     def test_a_cancelled_scope_does_not_spin(self, backend: str) -> None:
-        async def work(stake: Stake) -> float:
+        async def work(stake: Stake, scope: anyio.CancelScope) -> float:
             stake.is_held = True
+            scope.cancel()
             before = time.thread_time()
             await anyio.sleep(0.2)
             used.append(time.thread_time() - before)
@@ -609,8 +616,8 @@ class TestToTheEnd:
         used: list[float] = []
 
         async def main() -> None:
-            with anyio.move_on_after(0.01):
-                await to_the_end(work)
+            with anyio.CancelScope() as scope:
+                await to_the_end(lambda stake: work(stake, scope))
 
         anyio.run(main, backend=backend)
         assert used[0] < 0.15
@@ -651,20 +658,21 @@ class TestToTheEnd:
         """The first is the scope's; the second is raised in the main task, where it waits for the work."""
         ended: list[str] = []
 
-        async def work(stake: Stake) -> None:
+        async def work(stake: Stake, scope: trio.CancelScope) -> None:
             stake.is_held = True
+            scope.cancel()
             try:
                 await trio.sleep_forever()
             finally:
                 ended.append("cancelled")
 
         async def main() -> None:
-            with trio.move_on_after(0.02):
+            with trio.CancelScope() as scope:
                 trio.lowlevel.spawn_system_task(interrupt)
-                await to_the_end(work)
+                await to_the_end(lambda stake: work(stake, scope))
 
         async def interrupt() -> None:
-            await trio.sleep(0.1)
+            await trio.testing.wait_all_tasks_blocked(0.01)
             signal.raise_signal(signal.SIGINT)
 
         with pytest.raises(KeyboardInterrupt):

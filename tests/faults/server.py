@@ -134,6 +134,7 @@ class Server(Listener):
     ) -> None:
         super().__init__(receive_buffer)
         self.ledger = Ledger()
+        self._told = threading.Event()
         self._script = script or Script()
         self._key = key
         self._task_seconds = task_seconds
@@ -149,6 +150,15 @@ class Server(Listener):
         self._image_origin = image_origin or self.origin
         if listen_after is not None:
             self.listen(listen_after)
+
+    def tell(self) -> None:
+        """Let the answers go that wait for it."""
+        self._told.set()
+
+    def close(self) -> None:
+        """Break off whatever is under way, and wait for it to end."""
+        self._told.set()
+        super().close()
 
     def _welcome(self, sock: socket.socket) -> Callable[[], None]:
         self.ledger.connections += 1
@@ -189,6 +199,8 @@ class Server(Listener):
             correct = self._submit(post, request, step)
             task_id = post.task_id or ""
         self._over.wait(step.delay)
+        if step.until_told:
+            self._told.wait()
         self._answer(wire, step.answer, correct, task_id)
         if post is not None and isinstance(step.answer, Answer) and step.answer.is_whole:
             post.answered = step.answer.status or correct.status
