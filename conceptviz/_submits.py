@@ -19,7 +19,7 @@ from typing import TypeVar
 
 import anyio
 from anyio import to_thread
-from attrs import define, evolve, field, frozen
+from attrs import define, evolve, frozen
 
 from ._budget import Budget, Reservation
 from ._calls import ApiCall, fingerprint
@@ -63,7 +63,7 @@ class Paid:
     submission: Submission
     is_new: bool = True
     end: TaskState | None = None
-    reservation: Reservation | None = field(default=None, repr=False, eq=False)
+    reservation: Reservation | None = None
 
 
 @define

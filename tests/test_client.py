@@ -334,8 +334,8 @@ async def test_a_price_that_is_not_the_pages(
     cv, _ = client(RECEIPT | {"credits_used": charged})
     async with cv:
         task = await cv.submit("a")
-    records = [record for record in caplog.records if "was accepted with credits" in record.message]
-    assert len(records) == warned
+    records = [record.message for record in caplog.records if "was accepted with credits" in record.message]
+    assert records == [f"Task {TASK} was accepted with credits {charged}, where 2 was expected."] * warned
     assert task.submission is not None
     assert task.submission.credits_used == charged
 

@@ -637,6 +637,41 @@ async def test_a_refund_goes_back_into_the_budget_once(journal: Journal) -> None
     assert server.ledger.charged - server.ledger.refunded == 2
 
 
+@pytest.mark.parametrize("ends", ["refused", "not sent"])
+async def test_nothing_is_warned_of_where_nothing_was_charged(ends: str, caplog: pytest.LogCaptureFixture) -> None:
+    refused = refuse(402, "INSUFFICIENT_CREDITS")
+    with Server(Script(posts=(refused,)), listen_after=0.0 if ends == "refused" else None) as server:
+        async with at(server) as cv:
+            with pytest.raises(InsufficientCreditsError if ends == "refused" else NotSentError):
+                await cv.submit("a")
+    assert [record.message for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+
+async def test_what_was_spent_stays_spent_when_its_task_has_ended() -> None:
+    """Only the service's word for a refund gives anything back."""
+    budget = Budget(4)
+    with Server() as server:
+        async with at(server, budget=budget) as cv:
+            await cv.generate("a")
+    assert (budget.reserved, budget.spent) == (0, 2)
+    failed = {"status": "failed", "error": "It failed.", "code": "GENERATION_FAILED"}
+    for word in ({}, {"credits_refunded": False}):
+        budget = Budget(4)
+        with Server(Script(looks=(Step(answer=json_answer({**failed, **word})),))) as server:
+            async with at(server, budget=budget) as cv:
+                with pytest.raises(GenerationFailedError):
+                    await cv.generate("a")
+        assert (budget.reserved, budget.spent) == (0, 2)
+
+
+async def test_a_refund_without_a_budget_is_the_callers_to_count() -> None:
+    with Server(Script(tasks_fail=True)) as server:
+        async with at(server) as cv:
+            with pytest.raises(GenerationFailedError) as caught:
+                await cv.generate("a")
+    assert caught.value.credits is Credits.REFUNDED
+
+
 async def test_a_key_is_paid_for_once(journal: Journal) -> None:
     """The second caller gets the first one's task, and its end without a look."""
     events: list[Event] = []
