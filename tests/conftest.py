@@ -11,7 +11,7 @@ import pytest
 
 # Some machines set it, and unbuffered output hides what a full disk or a reader who leaves does to buffered output.
 os.environ.pop("PYTHONUNBUFFERED", None)
-# Some machines set this too, and to compile the tests again for every worker takes as long as a tenth of them.
+# Some machines set this too, and then each worker compiles every test anew, for three seconds of its time.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 # A shell that starts the tests in the background has them, and the programs they start, ignore Ctrl-C.
