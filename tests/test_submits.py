@@ -637,12 +637,16 @@ async def test_a_refund_goes_back_into_the_budget_once(journal: Journal) -> None
     assert server.ledger.charged - server.ledger.refunded == 2
 
 
-@pytest.mark.parametrize("ends", ["refused", "not sent"])
-async def test_nothing_is_warned_of_where_nothing_was_charged(ends: str, caplog: pytest.LogCaptureFixture) -> None:
-    refused = refuse(402, "INSUFFICIENT_CREDITS")
-    with Server(Script(posts=(refused,)), listen_after=0.0 if ends == "refused" else None) as server:
-        async with at(server) as cv:
-            with pytest.raises(InsufficientCreditsError if ends == "refused" else NotSentError):
+@pytest.mark.parametrize("journaled", [True, False], ids=["journal", "no journal"])
+@pytest.mark.parametrize("error", [InsufficientCreditsError, NotSentError, BudgetExceededError])
+async def test_nothing_is_warned_of_where_nothing_was_charged(
+    error: type[ConceptVizError], journaled: bool, journal: Journal, caplog: pytest.LogCaptureFixture
+) -> None:
+    script = Script(posts=(refuse(402, "INSUFFICIENT_CREDITS"),))
+    with Server(script, listen_after=None if error is NotSentError else 0.0) as server:
+        budget = Budget(1 if error is BudgetExceededError else 2)
+        async with at(server, journal if journaled else None, budget=budget) as cv:
+            with pytest.raises(error):
                 await cv.submit("a")
     assert [record.message for record in caplog.records if record.levelno >= logging.WARNING] == []
 
