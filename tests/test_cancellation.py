@@ -654,6 +654,15 @@ class TestToTheEnd:
 
         asyncio.run(main())
 
+    def test_trios_ctrl_c_is_not_raised_in_the_work(self) -> None:
+        """It would be raised in whatever is running, in the middle of reading an answer."""
+
+        async def work(stake: Stake) -> bool:
+            await anyio.lowlevel.checkpoint()
+            return trio.lowlevel.currently_ki_protected()
+
+        assert anyio.run(to_the_end, work, backend="trio")
+
     def test_a_second_ctrl_c_on_trio_leaves_at_once(self) -> None:
         """The first is the scope's; the second is raised in the main task, where it waits for the work."""
         ended: list[str] = []
