@@ -38,7 +38,7 @@ class AttemptState(str, enum.Enum):
     UNKNOWN = "unknown"
     """Sent, and no readable answer: it may have been charged. Only a person can resolve it."""
     ABANDONED = "abandoned"
-    """An UNKNOWN that a person has given up: the same key may be submitted again."""
+    """An UNKNOWN or an ACCEPTED that a person has given up: the same key may be submitted again."""
 
 
 # The states after which the same key may be paid for again, because the first time came to nothing.

@@ -125,8 +125,6 @@ class Run:
         self._task: object = None
         self._is_over = self._is_left = False
 
-    # What the user's side asks for.
-
     async def next(self) -> Outcome:
         """Return the next outcome.
 
@@ -167,8 +165,6 @@ class Run:
         self._scope = anyio.CancelScope()
         self._core.background.add(self)
         self._task = spawn(self._work)
-
-    # What goes on in the background.
 
     async def _work(self) -> None:
         try:
@@ -368,8 +364,6 @@ class Run:
                     await self._core.emit(Saved(task_id=image.task_id, image=image, path=path))
             results.append(outcome)
         self._land(flight, results)
-
-    # What becomes of the prompts.
 
     def _land(self, flight: _Flight, results: Sequence[ConceptVizError | Outcome]) -> None:
         flight.looks.leave()

@@ -259,26 +259,40 @@ class Journal:
                 ),
             )
 
-    def resolve(self, attempt: str, *, task_id: str | None = None) -> JournalEntry:
-        """Settle an UNKNOWN attempt by hand, after a look at the account.
+    def resolve(self, attempt: str, *, task_id: str | None = None, abandon: bool = False) -> JournalEntry:
+        """Settle an UNKNOWN attempt by hand, after a look at the account; or give up one that is paid for.
 
         Args:
             attempt: The attempt's id.
             task_id: The task that it turned out to be: it is taken up as ACCEPTED. None: it was not charged, or you are
                 willing to pay again: the attempt is ABANDONED, and its key may be submitted anew.
+            abandon: Whether to give up an ACCEPTED attempt too, whose task the service no longer knows. It keeps the
+                task's id, but is not taken up any more.
+
+        Credits:
+            What an ACCEPTED attempt cost is lost with it. The next submit of a given-up key is paid for, even if the
+            first was too.
 
         Raises:
-            InvalidRequestError: There is no such attempt, it is not UNKNOWN, or the task id cannot be its.
+            InvalidRequestError: There is no such attempt, it is not UNKNOWN (nor ACCEPTED and to be given up), or the
+                task id cannot be its.
             JournalError: It could not be written.
         """
         if task_id is not None:
             check_task_id(task_id)
+            if abandon:
+                raise InvalidRequestError("An attempt is taken up with its task id, or given up: not both.")
         with self._database.transaction() as db:
             self._sweep(db)
             row = db.execute("SELECT * FROM attempts WHERE id = ?", (attempt,)).fetchone()
             if row is None:
                 raise InvalidRequestError(f"The journal {self._path} has no attempt {attempt!r}.")
-            if row["state"] != AttemptState.UNKNOWN.value:
+            if row["state"] == AttemptState.ACCEPTED.value and not abandon:
+                raise InvalidRequestError(
+                    f"Attempt {attempt} is accepted: its task {row['task_id']} is paid for, and taken up at no cost. "
+                    "If the service no longer knows it, abandon=True gives it up, with what it cost."
+                )
+            if row["state"] not in {AttemptState.UNKNOWN.value, AttemptState.ACCEPTED.value}:
                 raise InvalidRequestError(
                     f"Attempt {attempt} is {row['state']}, and only an unknown one can be resolved."
                 )
@@ -287,7 +301,7 @@ class Journal:
                 raise InvalidRequestError(f"Task {task_id} is that of attempt {other[0]} already.")
             state = AttemptState.ABANDONED if task_id is None else AttemptState.ACCEPTED
             db.execute(
-                "UPDATE attempts SET state = ?, task_id = ?, updated_at = ? WHERE id = ?",
+                "UPDATE attempts SET state = ?, task_id = coalesce(?, task_id), updated_at = ? WHERE id = ?",
                 (state.value, task_id, time.time(), attempt),
             )
             return read_entry(db.execute("SELECT * FROM attempts WHERE id = ?", (attempt,)).fetchone())

@@ -60,7 +60,7 @@ class Paid:
     submission: Submission
     is_new: bool = True
     end: TaskState | None = None
-    reservation: Reservation | None = field(default=None, repr=False, eq=False)
+    reservation: Reservation | None = None
 
 
 @define

@@ -271,9 +271,8 @@ class Copy:
         where = [sys.executable, "-c", "import conceptviz; print(conceptviz.__file__)"]
         found = subprocess.check_output(where, cwd=self._root, env=self._environment(), text=True)
         assert Path(found.strip()).is_relative_to(self._root), f"the copy is not what is imported, but {found}"
-        self._run(300.0, writes_bytecode=True)  # so that only what is changed is compiled again
-        for stale in self._module.parent.glob(f"__pycache__/{self._module.stem}.*"):
-            stale.unlink()
+        self._run(300.0)  # so that only what is changed is compiled again
+        self._forget_compiled()
         start = time.monotonic()
         code, output = self._run(300.0)
         if code != 0:
@@ -283,19 +282,25 @@ class Copy:
     def judge(self, mutant: Mutant, limit: float) -> str:
         """Return "killed", "survived", or "timeout", which is a kind of death."""
         self._module.write_text(mutant.source)
+        self._forget_compiled()
         code, output = self._run(limit)
         if code is None:
             return "timeout"
         assert code != 5, output  # pytest's word for no tests at all; below 0 it died of a signal
         return "killed" if code else "survived"
 
-    def _run(self, limit: float, *, writes_bytecode: bool = False) -> tuple[int | None, str]:
+    def _forget_compiled(self) -> None:
+        # A change may leave the size as it was, and the time too within its resolution of a second.
+        for stale in self._module.parent.glob(f"__pycache__/{self._module.stem}.*"):
+            stale.unlink()
+
+    def _run(self, limit: float) -> tuple[int | None, str]:
         options = ["-x", "-q", "-n0", "--timeout=20", "--hypothesis-profile=ci", "--tb=line"]
         plugins = ["-p", "no:cacheprovider", "-p", "no:randomly"]
         process = subprocess.Popen(
             ["nice", "-n", "10", sys.executable, "-m", "pytest", *options, *plugins, *self._guards],
             cwd=self._root,
-            env=self._environment(writes_bytecode=writes_bytecode),
+            env=self._environment(),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -310,10 +315,9 @@ class Copy:
             return None, ""
         return process.returncode, output
 
-    def _environment(self, *, writes_bytecode: bool = False) -> dict[str, str]:
-        bytecode = {} if writes_bytecode else {"PYTHONDONTWRITEBYTECODE": "1"}
+    def _environment(self) -> dict[str, str]:
         kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-        return {**kept, **bytecode, "PYTHONPATH": str(self._root), "TMPDIR": str(self._root)}
+        return {**kept, "PYTHONPATH": str(self._root), "TMPDIR": str(self._root)}
 
 
 def judge_all(module: Path, mutants: list[Mutant], processes: int) -> dict[str, str]:

@@ -18,6 +18,7 @@ import anyio
 import anyio.lowlevel
 import pytest
 import trio
+import trio.testing
 from faults.server import Server
 from faults.steps import End, Script, Step, refuse
 from helpers import KEY, QUICK, QUICK_POLLING, assert_no_key_logged
@@ -73,6 +74,7 @@ async def arrival(server: Server) -> None:
 async def interrupt_on_arrival(server: Server, scope: anyio.CancelScope) -> None:
     await arrival(server)
     scope.cancel()
+    server.tell()
 
 
 async def interrupt_on_connection(server: Server, scope: anyio.CancelScope) -> None:
@@ -311,13 +313,14 @@ def test_wait_for_and_timeout(path: Path) -> None:
         async with at(server, journal) as cv:
             task = asyncio.ensure_future(cv.submit("a", key="k"))
             await arrival(server)
+            asyncio.get_running_loop().call_later(0.05, server.tell)
             with pytest.raises(asyncio.TimeoutError):
                 await asyncio.wait_for(task, 0.01)
             [entry] = journal.entries()
             assert (entry.state, entry.task_id) == (ACCEPTED, server.ledger.posts[0].task_id)
             assert (await cv.submit("a", key="k")).id == entry.task_id
 
-    with Server(Script(posts=(Step(delay=0.15),))) as server, Journal(path) as journal:
+    with Server(Script(posts=(Step(until_told=True),))) as server, Journal(path) as journal:
         asyncio.run(main())
     assert len(server.ledger.posts) == 1
 
@@ -366,7 +369,7 @@ def test_a_refusal_that_comes_after_the_cancellation_is_not_followed_by_another_
             assert scope.cancelled_caught
             assert [entry.state for entry in journal.entries()] == [REJECTED]
 
-    late = Step(charge=False, delay=0.15, answer=refuse(429, "MODERATION_RATE_LIMITED").answer)
+    late = Step(charge=False, until_told=True, answer=refuse(429, "MODERATION_RATE_LIMITED").answer)
     with Server(Script(posts=(late,))) as server, Journal(path) as journal:
         anyio.run(main, backend=backend)
     assert len(server.ledger.posts) == 1
@@ -381,8 +384,9 @@ def test_cancelled_while_it_connects(backend: str, path: Path) -> None:
             KEY, base_url=server.base_url.replace("http:", "https:"), timeout=30.0, journal=journal, budget=2
         )
         async with cv:
+            scope = anyio.CancelScope()
             async with anyio.create_task_group() as group:
-                with anyio.fail_after(10), anyio.CancelScope() as scope:
+                with anyio.fail_after(10), scope:
                     group.start_soon(interrupt_on_connection, server, scope)
                     await cv.submit("a", key="k")
             assert scope.cancelled_caught
@@ -407,8 +411,9 @@ def test_an_answer_that_does_not_come_within_the_grace(
     async def main() -> None:
         budget = Budget(2)
         async with at(server, journal if journaled else None, budget=budget, timeout=30.0) as cv:
+            scope = anyio.CancelScope()
             async with anyio.create_task_group() as group:
-                with anyio.fail_after(10), anyio.CancelScope() as scope:
+                with anyio.fail_after(10), scope:
                     group.start_soon(interrupt_on_arrival, server, scope)
                     await cv.submit("a", key="k")
             assert scope.cancelled_caught
@@ -522,14 +527,15 @@ class TestToTheEnd:
     def test_work_that_holds_something_is_finished_first(self, backend: str) -> None:
         ended: list[bool] = []
 
-        async def work(stake: Stake) -> None:
+        async def work(stake: Stake, scope: anyio.CancelScope) -> None:
             stake.is_held = True
-            await anyio.sleep(0.1)
+            scope.cancel()
+            await anyio.sleep(0.05)
             ended.append(stake.is_stopped)
 
         async def main() -> None:
-            with anyio.move_on_after(0.01) as scope:
-                await to_the_end(work)
+            with anyio.CancelScope() as scope:
+                await to_the_end(lambda stake: work(stake, scope))
             assert scope.cancelled_caught
             assert ended == [True]
 
@@ -540,16 +546,17 @@ class TestToTheEnd:
         monkeypatch.setattr(_detached, "GRACE", 0.05)
         ended: list[str] = []
 
-        async def work(stake: Stake) -> None:
+        async def work(stake: Stake, scope: anyio.CancelScope) -> None:
             stake.is_held = True
+            scope.cancel()
             try:
                 await anyio.sleep_forever()
             finally:
                 ended.append("cancelled")
 
         async def main() -> None:
-            with anyio.fail_after(5), anyio.move_on_after(0.01) as scope:
-                await to_the_end(work)
+            with anyio.fail_after(5), anyio.CancelScope() as scope:
+                await to_the_end(lambda stake: work(stake, scope))
             assert scope.cancelled_caught
             assert ended == ["cancelled"]
 
@@ -557,14 +564,15 @@ class TestToTheEnd:
 
     @BACKENDS
     def test_an_interruption_comes_before_an_error(self, backend: str) -> None:
-        async def work(stake: Stake) -> None:
+        async def work(stake: Stake, scope: anyio.CancelScope) -> None:
             stake.is_held = True
+            scope.cancel()
             await anyio.sleep(0.05)
             raise LookupError
 
         async def main() -> None:
-            with anyio.move_on_after(0.01) as scope:
-                await to_the_end(work)
+            with anyio.CancelScope() as scope:
+                await to_the_end(lambda stake: work(stake, scope))
             assert scope.cancelled_caught
 
         anyio.run(main, backend=backend)
@@ -597,8 +605,9 @@ class TestToTheEnd:
 
     @BACKENDS
     def test_a_cancelled_scope_does_not_spin(self, backend: str) -> None:
-        async def work(stake: Stake) -> float:
+        async def work(stake: Stake, scope: anyio.CancelScope) -> float:
             stake.is_held = True
+            scope.cancel()
             before = time.thread_time()
             await anyio.sleep(0.2)
             used.append(time.thread_time() - before)
@@ -607,8 +616,8 @@ class TestToTheEnd:
         used: list[float] = []
 
         async def main() -> None:
-            with anyio.move_on_after(0.01):
-                await to_the_end(work)
+            with anyio.CancelScope() as scope:
+                await to_the_end(lambda stake: work(stake, scope))
 
         anyio.run(main, backend=backend)
         assert used[0] < 0.15
@@ -645,24 +654,34 @@ class TestToTheEnd:
 
         asyncio.run(main())
 
+    def test_trios_ctrl_c_is_not_raised_in_the_work(self) -> None:
+        """It would be raised in whatever is running, in the middle of reading an answer."""
+
+        async def work(stake: Stake) -> bool:
+            await anyio.lowlevel.checkpoint()
+            return trio.lowlevel.currently_ki_protected()
+
+        assert anyio.run(to_the_end, work, backend="trio")
+
     def test_a_second_ctrl_c_on_trio_leaves_at_once(self) -> None:
         """The first is the scope's; the second is raised in the main task, where it waits for the work."""
         ended: list[str] = []
 
-        async def work(stake: Stake) -> None:
+        async def work(stake: Stake, scope: trio.CancelScope) -> None:
             stake.is_held = True
+            scope.cancel()
             try:
                 await trio.sleep_forever()
             finally:
                 ended.append("cancelled")
 
         async def main() -> None:
-            with trio.move_on_after(0.02):
+            with trio.CancelScope() as scope:
                 trio.lowlevel.spawn_system_task(interrupt)
-                await to_the_end(work)
+                await to_the_end(lambda stake: work(stake, scope))
 
         async def interrupt() -> None:
-            await trio.sleep(0.1)
+            await trio.testing.wait_all_tasks_blocked(0.01)
             signal.raise_signal(signal.SIGINT)
 
         with pytest.raises(KeyboardInterrupt):

@@ -594,6 +594,49 @@ def test_resolve_refuses_what_it_must_not_change(
     assert written() == [done, unknown]
 
 
+def test_resolve_gives_a_task_up_that_the_service_no_longer_knows(service: Simulator, capsys: Capture) -> None:
+    """Only with a word of its own, and never without saying what it costs."""
+    service.faults.add("poll", body=RUNNING, times=None)
+    assert main(["generate", "x", "--key", "k", "--timeout", "0.01"]) == 8
+    service.faults.clear()
+    (lost,) = written()
+    unknown = {"error": "Task not found", "code": "TASK_NOT_FOUND"}
+    service.faults.add("poll", status=404, body=unknown, times=None)
+    capsys.readouterr()
+    assert main(["journal", "resume"]) == 28
+    words = advised(capsys.readouterr().err)
+    assert words == ["journal", "resolve", lost.id]
+    assert main(words) == 2
+    err = capsys.readouterr().err
+    assert f"task {lost.task_id} is paid for (2 credits)." in err
+    assert "what it cost is lost, and its key is free." in err
+    assert f"  conceptviz journal resolve {lost.id} --give-up\n" in err
+    for other in (["--retry"], ["--task-id", "abc"]):
+        assert main([*words, *other]) == 2
+        assert "only --give-up gives it up. Nothing was changed." in capsys.readouterr().err
+    assert written() == [lost]
+    assert main([*words, "--give-up"]) == 0
+    err = capsys.readouterr().err
+    assert (
+        f"Task {lost.task_id} is given up: it is not taken up any more, and the 2 credits that it cost are not" in err
+    )
+    assert "The key 'k' may be submitted again, and is paid for then." in err
+    assert [(entry.state, entry.task_id) for entry in written()] == [(AttemptState.ABANDONED, lost.task_id)]
+    service.faults.clear()
+    assert main(["journal", "resume"]) == 0
+    assert "0 tasks of this account" in capsys.readouterr().err
+    assert main(["generate", "x", "--key", "k"]) == 0
+    assert service.ledger.submissions == 2
+
+
+def test_resolve_takes_up_or_gives_up(service: Simulator, capsys: Capture) -> None:
+    attempt = lose_an_answer(service, capsys)
+    assert main(["journal", "resolve", attempt, "--task-id", "abc", "--give-up"]) == 2
+    assert "choose one" in capsys.readouterr().err
+    assert main(["journal", "resolve", attempt, "--give-up"]) == 0
+    assert "is given up. What is submitted again is paid for again." in capsys.readouterr().err
+
+
 def test_prune_forgets_what_has_ended(service: Simulator, capsys: Capture) -> None:
     main(["generate", "done", "--key", "k"])
     leave(service, capsys, "paid")

@@ -34,6 +34,8 @@ from conceptviz import (
     AsyncConceptViz,
     ConceptVizError,
     Credits,
+    Differed,
+    Event,
     Image,
     InsufficientCreditsError,
     InvalidRequestError,
@@ -331,11 +333,13 @@ async def test_a_price_that_is_not_the_pages(
     charged: int | None, warned: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The service drifts: what was expected is compared with what was charged."""
-    cv, _ = client(RECEIPT | {"credits_used": charged})
+    events: list[Event] = []
+    cv, _ = client(RECEIPT | {"credits_used": charged}, on_event=events.append)
     async with cv:
         task = await cv.submit("a")
-    records = [record for record in caplog.records if "was accepted with credits" in record.message]
-    assert len(records) == warned
+    records = [record.message for record in caplog.records if "was accepted with credits" in record.message]
+    assert records == [f"Task {TASK} was accepted with credits {charged}, where 2 was expected."] * warned
+    assert [event.actual for event in events if isinstance(event, Differed)] == [charged] * warned
     assert task.submission is not None
     assert task.submission.credits_used == charged
 

@@ -409,6 +409,40 @@ def test_only_an_unknown_attempt_is_settled_by_hand(journal: Journal, state: Att
     assert state_of(journal, attempt) is state
 
 
+def test_what_is_paid_for_is_given_up_only_on_request(journal: Journal) -> None:
+    """Its task's id and its cost are kept, and the key is free; an end that comes in late does not bring it back."""
+    attempt = to_state(journal, ACCEPTED)
+    with pytest.raises(InvalidRequestError, match=f"task {TASK} is paid for.*abandon=True gives it up"):
+        journal.resolve(attempt)
+    before = journal.entries()[0]
+    entry = journal.resolve(attempt, abandon=True)
+    assert (entry.state, entry.task_id, entry.credits_used) == (ABANDONED, TASK, before.credits_used)
+    journal.finished(TaskState(TASK, "completed"))
+    assert state_of(journal, attempt) is ABANDONED
+    assert claim(journal).is_ours
+
+
+def test_an_unknown_attempt_is_given_up_on_request_too(journal: Journal) -> None:
+    attempt = to_state(journal, UNKNOWN)
+    assert journal.resolve(attempt, abandon=True).state is ABANDONED
+
+
+@pytest.mark.parametrize("state", [state for state in AttemptState if state not in {UNKNOWN, ACCEPTED}])
+def test_nothing_else_is_given_up(journal: Journal, state: AttemptState) -> None:
+    attempt = to_state(journal, state)
+    with pytest.raises(InvalidRequestError, match=f"is {state.value}"):
+        journal.resolve(attempt, abandon=True)
+    assert state_of(journal, attempt) is state
+
+
+@pytest.mark.parametrize("state", [UNKNOWN, ACCEPTED])
+def test_an_attempt_is_not_taken_up_and_given_up_at_once(journal: Journal, state: AttemptState) -> None:
+    attempt = to_state(journal, state)
+    with pytest.raises(InvalidRequestError, match="not both"):
+        journal.resolve(attempt, task_id=OTHER_TASK, abandon=True)
+    assert state_of(journal, attempt) is state
+
+
 def test_an_attempt_of_a_dead_process_can_be_settled_at_once(journal: Journal, path: Path) -> None:
     attempt = to_state(journal, SENDING)
     raw(path, "UPDATE attempts SET owner = ?", DEAD)

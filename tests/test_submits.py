@@ -637,6 +637,45 @@ async def test_a_refund_goes_back_into_the_budget_once(journal: Journal) -> None
     assert server.ledger.charged - server.ledger.refunded == 2
 
 
+@pytest.mark.parametrize("journaled", [True, False], ids=["journal", "no journal"])
+@pytest.mark.parametrize("error", [InsufficientCreditsError, NotSentError, BudgetExceededError])
+async def test_nothing_is_warned_of_where_nothing_was_charged(
+    error: type[ConceptVizError], journaled: bool, journal: Journal, caplog: pytest.LogCaptureFixture
+) -> None:
+    script = Script(posts=(refuse(402, "INSUFFICIENT_CREDITS"),))
+    with Server(script, listen_after=None if error is NotSentError else 0.0) as server:
+        budget = Budget(1 if error is BudgetExceededError else 2)
+        async with at(server, journal if journaled else None, budget=budget) as cv:
+            with pytest.raises(error):
+                await cv.submit("a")
+    assert [record.message for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+
+async def test_what_was_spent_stays_spent_when_its_task_has_ended() -> None:
+    """Only the service's word for a refund gives anything back."""
+    budget = Budget(4)
+    with Server() as server:
+        async with at(server, budget=budget) as cv:
+            await cv.generate("a")
+    assert (budget.reserved, budget.spent) == (0, 2)
+    failed = {"status": "failed", "error": "It failed.", "code": "GENERATION_FAILED"}
+    for word in ({}, {"credits_refunded": False}):
+        budget = Budget(4)
+        with Server(Script(looks=(Step(answer=json_answer({**failed, **word})),))) as server:
+            async with at(server, budget=budget) as cv:
+                with pytest.raises(GenerationFailedError):
+                    await cv.generate("a")
+        assert (budget.reserved, budget.spent) == (0, 2)
+
+
+async def test_a_refund_without_a_budget_is_the_callers_to_count() -> None:
+    with Server(Script(tasks_fail=True)) as server:
+        async with at(server) as cv:
+            with pytest.raises(GenerationFailedError) as caught:
+                await cv.generate("a")
+    assert caught.value.credits is Credits.REFUNDED
+
+
 async def test_a_key_is_paid_for_once(journal: Journal) -> None:
     """The second caller gets the first one's task, and its end without a look."""
     events: list[Event] = []
@@ -653,6 +692,26 @@ async def test_a_key_is_paid_for_once(journal: Journal) -> None:
             assert await cv._core.submits.unended() == []
     assert len(server.ledger.posts) == 1
     assert [type(event) for event in events].count(Submitted) == 1
+
+
+@pytest.mark.parametrize("key", ["k", None], ids=["with a key", "without one"])
+async def test_images_of_an_ended_task_that_nobody_saved_cost_nothing_more(
+    key: str | None, path: Path, tmp_path: Path
+) -> None:
+    """It is no more to be resumed: its key brings it back, or the id that the journal holds."""
+    with Server() as server:
+        with Journal(path) as journal:
+            async with at(server, journal) as cv:
+                await cv.generate("a", key=key)
+        with Journal(path) as journal:  # in another process, after the first was killed
+            async with at(server, journal) as cv:
+                assert await cv.resume() == []
+                [ended] = journal.entries(COMPLETED)
+                assert ended.task_id is not None
+                result = await (cv.generate("a", key=key) if key else cv.task(ended.task_id).wait())
+                assert [saved.exists() for saved in await cv.save(result, tmp_path)] == [True]
+                assert result.task_id == ended.task_id
+    assert len(server.ledger.posts) == 1
 
 
 async def test_a_task_that_failed_without_a_refund_is_not_paid_for_again(journal: Journal) -> None:
@@ -703,27 +762,28 @@ async def test_a_key_that_is_under_way_elsewhere_is_waited_for(end: str, path: P
         if point == "after claim":
             looked.set()
 
+    got: list[Any] = []
+
+    async def submit(cv: AsyncConceptViz) -> None:
+        try:
+            got.append((await cv.submit("a", key="k")).id)
+        except SubmissionUnknownError as error:
+            got.append(error.attempt_id)
+
     with Server() as server, Journal(path) as other, Watched(path, watch) as journal:
-        async with at(server, journal) as cv, anyio.create_task_group() as group:
+        async with at(server, journal) as cv:
             entry = _claimed(other, "a", cv)
             other.sending(entry.id)
-            got: list[Any] = []
-
-            async def submit() -> None:
-                try:
-                    got.append((await cv.submit("a", key="k")).id)
-                except SubmissionUnknownError as error:
-                    got.append(error.attempt_id)
-
-            group.start_soon(submit)
-            await anyio.to_thread.run_sync(looked.wait, 5)
-            await anyio.wait_all_tasks_blocked()
-            assert got == []
-            assert server.ledger.connections == 0
-            if end == "accepted":
-                _accepted(other, entry)
-            else:
-                other.ended(entry.id, UNKNOWN if end == "unknown" else NOT_SENT)
+            async with anyio.create_task_group() as group:
+                group.start_soon(submit, cv)
+                await anyio.to_thread.run_sync(looked.wait, 5)
+                await anyio.wait_all_tasks_blocked()
+                assert got == []
+                assert server.ledger.connections == 0
+                if end == "accepted":
+                    _accepted(other, entry)
+                else:
+                    other.ended(entry.id, UNKNOWN if end == "unknown" else NOT_SENT)
         posts = server.ledger.posts
     expected = {"accepted": TASK, "unknown": entry.id, "not sent": posts[0].task_id if posts else ""}
     assert got == [expected[end]]

@@ -285,21 +285,24 @@ def resolve(
     retry: Annotated[
         bool, typer.Option("--retry", help="It was not charged, or may be paid for again: free its key.")
     ] = False,
+    abandon: Annotated[
+        bool, typer.Option("--give-up", help="It was accepted, and the service no longer knows its task.")
+    ] = False,
     journal: JournalFile = None,
 ) -> None:
-    """Settle an unknown attempt.
+    """Settle an unknown attempt, or give up an accepted one.
 
     Without an option, what is known of it is printed, and what to compare before it is settled.
     """
-    if retry and task_id is not None:
-        raise typer.BadParameter("--task-id says that it was accepted, and --retry gives it up: choose one.")
+    if (retry or abandon) and task_id is not None:
+        raise typer.BadParameter("--task-id takes it up, and --retry and --give-up give it up: choose one.")
 
     def work(report: Report) -> int:
         from ._journal import explain, settle
 
-        if task_id is None and not retry:
+        if task_id is None and not (retry or abandon):
             return explain(report, attempt=attempt)
-        return settle(report, attempt=attempt, task_id=task_id)
+        return settle(report, attempt=attempt, task_id=task_id, abandon=abandon)
 
     _finish(work, journal=journal)
 

@@ -83,6 +83,9 @@ def resume(report: Report, *, output: Path, timeout: float | None, as_json: bool
             except ConceptVizError as error:
                 report.end_line()
                 codes.append(report.tell(error))
+                if isinstance(error, TaskNotFoundError):
+                    command = _resolving(report, path, task.id)
+                    report.say(f"If it stays so, what it cost and how to give it up:\n  {command}")
     return max(codes, key=lambda code: (code not in {DONE, PARTIAL}, code))
 
 
@@ -90,14 +93,24 @@ def explain(report: Report, *, attempt: str) -> int:
     """Say what is known of an attempt, what to compare and how to settle it; return the exit code.
 
     Raises:
-        InvalidRequestError: There is no such attempt, or it is not unknown.
+        InvalidRequestError: There is no such attempt, or it is neither unknown nor accepted.
         JournalError: The journal cannot be read.
     """
     with _opened(report) as journal:
         entries = journal.entries()
-    entry = _unknown(entries, attempt)
-    cost = "" if entry.expected_credits is None else f" It costs {_count(entry.expected_credits, 'credit')} if it was."
+    entry = _unsettled(entries, attempt)
     command = report.command("journal", "resolve", attempt)
+    if entry.state is AttemptState.ACCEPTED:
+        report.say(
+            f"Attempt {attempt}, made {_when(entry.created_at)} at {entry.base_url}{entry.endpoint}, was accepted: "
+            f"task {entry.task_id} is paid for ({_credits(entry)} credits).\n\n"
+            "To wait and save its images, at no further cost:\n"
+            f"  {report.command('journal', 'resume')}\n"
+            "If the service no longer knows the task, give it up: what it cost is lost, and its key is free.\n"
+            f"  {command} --give-up"
+        )
+        return USAGE
+    cost = "" if entry.expected_credits is None else f" It costs {_count(entry.expected_credits, 'credit')} if it was."
     report.say(
         f"Attempt {attempt}, made {_when(entry.created_at)} at {entry.base_url}{entry.endpoint}, was never answered "
         f"readably: it may have been accepted and charged.{cost}"
@@ -121,20 +134,30 @@ def explain(report: Report, *, attempt: str) -> int:
     return USAGE
 
 
-def settle(report: Report, *, attempt: str, task_id: str | None) -> int:
-    """Adopt an unknown attempt's task, or give the attempt up; return the exit code.
+def settle(report: Report, *, attempt: str, task_id: str | None, abandon: bool = False) -> int:
+    """Adopt an unknown attempt's task, or give the attempt up (an accepted one on request); return the exit code.
 
     Raises:
-        InvalidRequestError: There is no such attempt, it is not unknown, or this account has no such task, or it is
-            another attempt's. Nothing was changed.
+        InvalidRequestError: There is no such attempt, it is not in such a state, or this account has no such task, or
+            it is another attempt's. Nothing was changed.
         ConceptVizError: The task cannot be looked at, or the journal cannot be used. Nothing was changed.
     """
     with _opened(report) as journal:
         entries = journal.entries()
-        entry = _unknown(entries, attempt)
+        entry = _unsettled(entries, attempt)
+        if entry.state is AttemptState.ACCEPTED and not abandon:
+            raise InvalidRequestError(
+                f"Attempt {attempt} is accepted: task {entry.task_id} is paid for, and only --give-up gives it up. "
+                "Nothing was changed."
+            )
         if task_id is not None:
             _check_task(report, entries, entry, check_task_id(task_id))
-        journal.resolve(attempt, task_id=task_id)
+        journal.resolve(attempt, task_id=task_id, abandon=abandon)
+    if entry.state is AttemptState.ACCEPTED:
+        report.say(
+            f"Task {entry.task_id} is given up: it is not taken up any more, and the {_credits(entry)} credits that it "
+            "cost are not given back."
+        )
     if task_id is not None:
         report.say(
             f"Attempt {attempt} is task {task_id}. To wait and save its images, at no further cost:\n"
@@ -175,13 +198,20 @@ def _opened(report: Report) -> Journal:
     return Journal(path)
 
 
-def _unknown(entries: Sequence[JournalEntry], attempt: str) -> JournalEntry:
+def _resolving(report: Report, path: Path, task_id: str) -> str:
+    """Return the command that says how to settle a task's attempt."""
+    with Journal(path) as journal:
+        attempt = next((entry.id for entry in journal.entries() if entry.task_id == task_id), "ATTEMPT")
+    return report.command("journal", "resolve", attempt)
+
+
+def _unsettled(entries: Sequence[JournalEntry], attempt: str) -> JournalEntry:
     entry = next((entry for entry in entries if entry.id == attempt), None)
     if entry is None:
         raise InvalidRequestError(
             f"The journal has no attempt {attempt!r}: `conceptviz journal list` shows those it has."
         )
-    if entry.state is not AttemptState.UNKNOWN:
+    if entry.state not in {AttemptState.UNKNOWN, AttemptState.ACCEPTED}:
         raise InvalidRequestError(
             f"Attempt {attempt} is {entry.state.value}, and only an unknown one can be resolved. Nothing was changed."
         )

@@ -200,7 +200,9 @@ class Interrupted(Exception):  # noqa: N818 - no error: what a schedule asks for
     """The work was ended from outside."""
 
 
-async def interrupted(work: Callable[[], Awaitable[None]], interrupt: Interrupt | None) -> None:
+async def interrupted(
+    work: Callable[[], Awaitable[None]], interrupt: Interrupt | None, is_charged: Callable[[], bool]
+) -> None:
     """Do some work until it is done or interrupted.
 
     Raises:
@@ -217,6 +219,8 @@ async def interrupted(work: Callable[[], Awaitable[None]], interrupt: Interrupt 
         assert interrupt.kind != "kill", "that takes a process of its own"
         task = asyncio.ensure_future(work())
         try:
+            while interrupt.on_charge and not is_charged():  # noqa: ASYNC110 - it is in another thread
+                await asyncio.sleep(0.002)
             if interrupt.kind == "wait_for":
                 await asyncio.wait_for(task, interrupt.at)
             else:
@@ -233,6 +237,7 @@ class Witness:
     """All that the client tells about one piece of work."""
 
     plan: Schedule
+    is_charged: Callable[[], bool] = lambda: False
     started: float = 0.0
     elapsed: float = 0.0
     events: list[tuple[float, Event]] = field(factory=list)
@@ -261,7 +266,7 @@ class Witness:
         """Have the work done, as far as it is not interrupted; return what it raised."""
         self.started = time.perf_counter()
         try:
-            await interrupted(lambda: self.work(client), self.plan.interrupt)
+            await interrupted(lambda: self.work(client), self.plan.interrupt, self.is_charged)
         except Exception as error:  # noqa: BLE001 - whatever it is, it is what is judged
             return error
         finally:
@@ -318,10 +323,11 @@ class Client:
     base_url: str
     journal: Path
     pulse: Pulse
+    is_charged: Callable[[], bool]
 
     async def report(self) -> Report:
         """Have the schedule's work done, and return what came of it."""
-        plan, witness, budget = self.plan, Witness(self.plan), Budget(BUDGET)
+        plan, witness, budget = self.plan, Witness(self.plan, self.is_charged), Budget(BUDGET)
         journal = await anyio.to_thread.run_sync(Journal, self.journal)
         async with AsyncConceptViz(
             lambda: key_of(plan.seed),
@@ -363,7 +369,8 @@ async def run(plan: Schedule, elsewhere: Server, pulse: Pulse) -> Outcome:
     again = None
     try:
         with TemporaryDirectory(dir=IN_MEMORY) as folder:
-            client = Client(plan, (proxy or server).base_url, Path(folder) / "journal.db", pulse)
+            base_url, journal = (proxy or server).base_url, Path(folder) / "journal.db"
+            client = Client(plan, base_url, journal, pulse, lambda: bool(server.ledger.accepted))
             report = await client.report()
             posts = len(server.ledger.posts)
             if not report.records_say(*OPEN):

@@ -37,6 +37,10 @@ class Listener:
         """Take a new connection, in the order in which they come; return the work that a thread then does with it."""
         raise NotImplementedError
 
+    def queue(self) -> None:
+        """Let connections be made, and take them only at `listen()`: none ends before its caller knows it began."""
+        self._listener.listen(128)
+
     def listen(self, after: float = 0.0) -> None:
         """Take connections, after a time in seconds for which they are still refused."""
         if after:

@@ -73,16 +73,25 @@ class Proxy(Listener):
         requests: What is wrong on the way from the client to the server.
         answers: What is wrong on the way from the server to the client.
         seed: The seed of the jitter.
+        is_read: Says whether the server has read so many bytes of a request. If it is given, a reset waits for that, so
+            as not to overtake what was passed on.
     """
 
     def __init__(
-        self, target: int, *, requests: Toxics | None = None, answers: Toxics | None = None, seed: int = 0
+        self,
+        target: int,
+        *,
+        requests: Toxics | None = None,
+        answers: Toxics | None = None,
+        seed: int = 0,
+        is_read: Callable[[int], bool] = lambda size: True,
     ) -> None:
         super().__init__()
         self._target = target
         self._requests = requests or Toxics()
         self._answers = answers or Toxics()
         self._rng = Random(seed)
+        self._is_read = is_read
         self.base_url = self.origin + API
         self.listen()
 
@@ -129,5 +138,8 @@ class Proxy(Listener):
             if left == 0 and toxics.stop == "end":
                 return True
             if left == 0 and toxics.stop == "reset":
+                while toxics is self._requests and not self._is_read(toxics.stop_after or 0):
+                    if self._over.wait(0.001):
+                        break
                 raise ConnectionResetError
         return left != 0

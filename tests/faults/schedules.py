@@ -41,10 +41,12 @@ class Interrupt:
     Attributes:
         kind: A cancel scope, `asyncio.wait_for`, `Task.cancel`, or SIGKILL to the client's whole process.
         at: The seconds from the beginning of the work.
+        on_charge: Whether they count from the charge of its submit instead, for an interruption by asyncio itself.
     """
 
     kind: Literal["scope", "wait_for", "task", "kill"]
     at: float
+    on_charge: bool = False
 
 
 @frozen(kw_only=True)

@@ -56,10 +56,11 @@ class _Task:
 class _Wire:
     """One connection's bytes. EOFError says that the client ended where more was needed."""
 
-    def __init__(self, sock: socket.socket, over: threading.Event) -> None:
+    def __init__(self, sock: socket.socket, over: threading.Event, count: Callable[[int], None]) -> None:
         self.sock = sock
         self.buffer = bytearray()
         self._over = over
+        self._count = count
 
     def until(self, mark: bytes) -> int:
         """Wait for a mark; return where it ends."""
@@ -82,6 +83,7 @@ class _Wire:
         if not data:
             raise EOFError
         self.buffer += data
+        self._count(len(data))
 
     def send(self, data: bytes, pause: float = 0.0) -> None:
         """Send bytes in one go, or one by one with a pause after each."""
@@ -132,6 +134,7 @@ class Server(Listener):
     ) -> None:
         super().__init__(receive_buffer)
         self.ledger = Ledger()
+        self._told = threading.Event()
         self._script = script or Script()
         self._key = key
         self._task_seconds = task_seconds
@@ -148,12 +151,21 @@ class Server(Listener):
         if listen_after is not None:
             self.listen(listen_after)
 
+    def tell(self) -> None:
+        """Let the answers go that wait for it."""
+        self._told.set()
+
+    def close(self) -> None:
+        """Break off whatever is under way, and wait for it to end."""
+        self._told.set()
+        super().close()
+
     def _welcome(self, sock: socket.socket) -> Callable[[], None]:
         self.ledger.connections += 1
         return partial(self._serve, sock, next(self._steps["connection"], None))
 
     def _serve(self, sock: socket.socket, step: Step | None) -> None:
-        wire = _Wire(sock, self._over)
+        wire = _Wire(sock, self._over, self._count)
         try:
             if step is not None:
                 assert isinstance(step.read, int)
@@ -167,6 +179,10 @@ class Server(Listener):
             pass  # the client is gone: scripts bring that about
         finally:
             self._let_go(sock)
+
+    def _count(self, size: int) -> None:
+        with self._lock:
+            self.ledger.received += size
 
     def _exchange(self, wire: _Wire) -> bool:
         """Do one exchange; return whether the connection is kept for another."""
@@ -183,6 +199,8 @@ class Server(Listener):
             correct = self._submit(post, request, step)
             task_id = post.task_id or ""
         self._over.wait(step.delay)
+        if step.until_told:
+            self._told.wait()
         self._answer(wire, step.answer, correct, task_id)
         if post is not None and isinstance(step.answer, Answer) and step.answer.is_whole:
             post.answered = step.answer.status or correct.status

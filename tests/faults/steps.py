@@ -129,6 +129,7 @@ class Step:
         charge: Whether a submit that was read whole, and is as documented, makes a task and is charged.
         task_id: The id of that task; None is one as the API has them.
         delay: The time from the charge to the answer.
+        until_told: Whether the answer then waits for `Server.tell()`.
         answer: What is sent; None is nothing.
         end: What becomes of the connection.
     """
@@ -137,6 +138,7 @@ class Step:
     charge: bool = True
     task_id: str | None = None
     delay: float = 0.0
+    until_told: bool = False
     answer: Answer | Raw | Flood | None = Answer()
     end: End = End.KEEP
 
@@ -217,6 +219,7 @@ class Ledger:
         looks: How many GETs of a task there were.
         images: How many other GETs there were.
         posts: Every POST whose first line arrived.
+        received: How many bytes were read, on all connections together.
     """
 
     connections: int = 0
@@ -224,6 +227,7 @@ class Ledger:
     looks: int = 0
     images: int = 0
     posts: list[Post] = field(factory=list)
+    received: int = 0
 
     @property
     def requests(self) -> int:

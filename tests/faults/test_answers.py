@@ -15,8 +15,10 @@ POLLING = Polling(min_interval=0.002, max_interval=0.004, first_look=0.002)
 TWO_IDS = b'{"taskId": "another", "taskId": "@task@"}'
 
 
-def client_of(server: Server, transport: httpx.AsyncBaseTransport | None = None) -> AsyncConceptViz:
-    return AsyncConceptViz(KEY, base_url=server.base_url, timeout=2, polling=POLLING, transport=transport)
+def client_of(
+    server: Server, timeout: float = 2.0, transport: httpx.AsyncBaseTransport | None = None
+) -> AsyncConceptViz:
+    return AsyncConceptViz(KEY, base_url=server.base_url, timeout=timeout, polling=POLLING, transport=transport)
 
 
 def another(body: bytes, status: bytes = b"200 OK") -> bytes:
@@ -92,7 +94,7 @@ async def test_the_first_look_over_a_new_connection_is_believed_at_once() -> Non
 async def test_of_two_ids_neither_is_taken(answer: Answer) -> None:
     """M29: JSON readers differ in which of two counts, so nobody knows which task is paid for."""
     with Server(Script(posts=(Step(answer=answer),))) as server:
-        async with client_of(server) as client:
+        async with client_of(server, timeout=0.4) as client:  # some of the answers have no end
             with pytest.raises(SubmissionUnknownError) as caught:
                 await client.submit("a")
         (post,) = server.ledger.accepted

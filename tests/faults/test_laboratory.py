@@ -8,7 +8,6 @@ import hashlib
 import json
 import socket
 import time
-from contextlib import suppress
 from typing import Any
 
 import httpx
@@ -210,9 +209,11 @@ def test_a_full_queue_neither_takes_nor_refuses_a_connection() -> None:
 class TestEnds:
     def test_at_accept(self, end: End, seen: str) -> None:
         """Nothing is read: there is no request. The connection after that is not affected."""
-        with Server(Script(connections=(Step(read=0, answer=None, end=end), None))) as server:
-            # A reset may come before the connect itself has returned.
-            with suppress(ConnectionResetError), Caller(server.port) as caller:
+        script = Script(connections=(Step(read=0, answer=None, end=end), None))
+        with Server(script, listen_after=None) as server:
+            server.queue()
+            with Caller(server.port) as caller:
+                server.listen()
                 assert caller.to_end(seen) == (b"", seen)
             assert body_of(ask(server, post())[0])["status"] == "pending"
         assert (server.ledger.connections, len(server.ledger.posts)) == (2, 1)
