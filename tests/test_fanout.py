@@ -307,7 +307,8 @@ async def test_leaving_the_loop_stops_it(simulator: Simulator, caplog: pytest.Lo
         async for _ in cv.generate_many((f"p{n}" for n in range(1000)), batch_size=1, max_in_flight=4):
             break
         gc.collect()
-        for run in list(cv._core.background):  # it is stopping: wait for its end
+        for run in list(cv._core.background):
+            assert run._is_left  # type: ignore[attr-defined]  # it was told to stop: wait for its end
             await run.stop()
         submissions = simulator.ledger.submissions
         assert (await cv.generate("x")).image
