@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from attrs import field, frozen
@@ -18,7 +18,9 @@ from attrs import field, frozen
 from . import _spec
 from ._errors import InvalidRequestError
 from ._images import ImageFormat
-from ._requests import EditRequest, GenerateRequest
+
+if TYPE_CHECKING:
+    from ._requests import EditRequest, GenerateRequest
 
 _TASK_ID = re.compile(_spec.TASK_ID_CHARACTERS)
 

@@ -15,27 +15,26 @@ from typing import TYPE_CHECKING, overload
 
 import anyio
 
-from ._batches import Items
-from ._budget import Budget
 from ._calls import ApiCall, build_generate, check_task_id
 from ._core import Core
-from ._events import EventHook, Saved
-from ._fanout import Options, Outcomes, Run
-from ._files import check_folder
-from ._journal import Journal
-from ._models import Image, Outcome, Polling, Result, Retries, Submission
+from ._events import Saved
+from ._models import Image, Outcome, Polling, Result, Retries, Submission, TaskState
 from ._poller import kind_of
-from ._requests import EditRequest, GenerateRequest, ImageInput, Prompts, estimate
 from ._spec import AspectRatio, Model, Quality
-from ._submits import Paid
 from ._task import AsyncTask
-from ._uploads import build_edit_call
 
 if TYPE_CHECKING:
     from types import TracebackType
 
     import httpx
     from typing_extensions import Self
+
+    from ._batches import Items
+    from ._budget import Budget, Reservation
+    from ._events import EventHook
+    from ._journal import Journal
+    from ._requests import EditRequest, GenerateRequest, ImageInput, Prompts
+    from ._submits import Paid
 
 
 logger = logging.getLogger("conceptviz")
@@ -150,6 +149,8 @@ class AsyncConceptViz:
 
         Source: "Step 1: Submit Generation Request", "Credit Cost".
         """
+        from ._requests import GenerateRequest
+
         request = GenerateRequest(prompt, model=model, quality=quality, aspect_ratio=aspect_ratio, key=key)
         return await self._submit(build_generate(request), request)
 
@@ -187,6 +188,9 @@ class AsyncConceptViz:
 
         Source: "Edit Images", "Credit Cost".
         """
+        from ._requests import EditRequest
+        from ._uploads import build_edit_call
+
         request = EditRequest(prompt, images, model=model, quality=quality, aspect_ratio=aspect_ratio, key=key)
         return await self._submit(await build_edit_call(request), request)
 
@@ -311,6 +315,9 @@ class AsyncConceptViz:
 
         Source: "Generate Diagrams", "Edit Images", "Limits".
         """
+        from ._fanout import Options, Outcomes, Run
+        from ._files import check_folder
+
         folder = None if save_to is None else check_folder(save_to)
         return Outcomes(Run(self._core, items, Options(batch_size, max_in_flight, ordered, folder, timeout)))
 
@@ -357,6 +364,8 @@ class AsyncConceptViz:
 
         Source: "Response (completed)".
         """
+        from ._files import check_folder
+
         folder = check_folder(to)
         if isinstance(result_or_image, Image):
             return await self._save(result_or_image, folder, overwrite)
@@ -390,6 +399,8 @@ class AsyncConceptViz:
 
         Source: "Credit Cost".
         """
+        from ._requests import estimate
+
         return estimate(prompts_or_count, model=model, quality=quality)
 
     @property
@@ -417,13 +428,14 @@ class AsyncConceptViz:
         paid = await self._core.submits.submit(call, request)
         return self._task(paid, kind_of(call.path, paid.submission))
 
+    async def _settle(self, state: TaskState, reservation: Reservation | None = None) -> None:
+        await self._core.submits.end(state, reservation)
+
     def _resumed(self, task_id: str, submission: Submission | None) -> AsyncTask:
-        return AsyncTask(
-            self._core.poller, task_id, submission, settle=partial(self._core.submits.end, reservation=None)
-        )
+        return AsyncTask(self._core.poller, task_id, submission, settle=self._settle)
 
     def _task(self, paid: Paid, kind: Hashable = None) -> AsyncTask:
-        settle = partial(self._core.submits.end, reservation=paid.reservation)
+        settle = partial(self._settle, reservation=paid.reservation)
         accepted_at = anyio.current_time() if paid.is_new else None
         return AsyncTask(
             self._core.poller, paid.submission.task_id, paid.submission, accepted_at, settle, paid.end, kind

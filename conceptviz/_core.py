@@ -22,7 +22,6 @@ from ._errors import InvalidRequestError
 from ._events import Event, EventHook
 from ._models import Polling, Retries
 from ._poller import Poller
-from ._submits import Submits
 from ._transport import Transport
 
 if TYPE_CHECKING:
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
 
     from ._downloads import Downloads
     from ._journal import Journal
+    from ._submits import Submits
 
 
 class Background(Protocol):
@@ -44,7 +44,6 @@ class Core:
 
     Attributes:
         transport: The API.
-        submits: Where credits are spent.
         poller: How tasks are waited for.
         background: What goes on in the background, to be stopped before the connections are closed.
     """
@@ -88,20 +87,28 @@ class Core:
 
             self.journal = resolve_journal(journal)
         self._owns_journal = self.journal is not journal
-        self.submits = Submits(
-            self.transport,
-            retries,
-            resolve_budget(budget),
-            self.journal,
-            account=secret.fingerprint(),
-            base_url=self.base_url,
-            timeout=timeout,
-            emit=self.emit,
-            rng=self._rng,
-        )
+        self._budget = resolve_budget(budget)
+        self._account = secret.fingerprint()
         self.poller = Poller(self.transport, polling, retries, self.emit, self._rng)
         self.background: set[Background] = set()
         self._is_closed = False
+
+    @cached_property
+    def submits(self) -> Submits:
+        """Where credits are spent."""
+        from ._submits import Submits
+
+        return Submits(
+            self.transport,
+            self._retries,
+            self._budget,
+            self.journal,
+            account=self._account,
+            base_url=self.base_url,
+            timeout=self._timeout,
+            emit=self.emit,
+            rng=self._rng,
+        )
 
     @cached_property
     def downloads(self) -> Downloads:
@@ -126,7 +133,8 @@ class Core:
         with anyio.CancelScope(shield=True):
             for background in list(self.background):
                 await background.stop()
-            await self.submits.settled()
+            if "submits" in vars(self):
+                await self.submits.settled()
             await self.transport.aclose()
             self._is_closed = True
             if "downloads" in vars(self):

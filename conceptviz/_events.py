@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from attrs import frozen
 
 from ._errors import ConceptVizError
 from ._models import Image, Result, Submission, TaskState
-from ._requests import EditRequest, GenerateRequest
+
+if TYPE_CHECKING:
+    from ._requests import EditRequest, GenerateRequest
 
 
 @frozen(kw_only=True)

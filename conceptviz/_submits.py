@@ -14,6 +14,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 from random import Random
+from typing import TYPE_CHECKING
 
 import anyio
 from anyio import to_thread
@@ -32,13 +33,15 @@ from ._errors import (
     SubmissionUnknownError,
 )
 from ._events import Event, Retrying, Submitted, differences
-from ._journal import AttemptState, Claim, Journal, JournalEntry
 from ._models import Retries, Submission, TaskState
 from ._policy import retry_delay
-from ._requests import EditRequest, GenerateRequest
 from ._spec import STATUS_FAILED
 from ._transport import Transport
 from ._wire import read_receipt, read_state
+
+if TYPE_CHECKING:
+    from ._journal import Claim, Journal, JournalEntry
+    from ._requests import EditRequest, GenerateRequest
 
 logger = logging.getLogger("conceptviz")
 
@@ -134,6 +137,8 @@ class Submits:
         """Return what the journal knows as paid for and not ended, by this account at this API."""
         if self.journal is None:
             return []
+        from ._attempts import AttemptState
+
         entries = await to_thread.run_sync(self.journal.entries, AttemptState.ACCEPTED)
         ours = [e for e in entries if (e.account, e.base_url) == (self.account, self.base_url)]
         return [paid for entry in ours if (paid := _recall(entry)) is not None]
@@ -296,6 +301,8 @@ class _Submit:
 
     async def _give_up(self, error: BaseException) -> None:
         """Write down what an attempt came to, and give back what it certainly did not cost."""
+        from ._attempts import AttemptState  # loaded by those who keep a journal, and where a submit came to nothing
+
         if isinstance(error, JournalError) and error.submission is not None:
             return
         if isinstance(error, SubmissionUnknownError):
@@ -334,6 +341,8 @@ def _recall(entry: JournalEntry) -> Paid | None:
     Raises:
         SubmissionUnknownError: It may have been charged, and nobody knows.
     """
+    from ._attempts import AttemptState
+
     if entry.state is AttemptState.UNKNOWN:
         error = SubmissionUnknownError(
             f"An earlier submit of the key {entry.key!r} was sent and never answered: it may have been charged, so it "

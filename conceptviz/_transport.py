@@ -35,11 +35,12 @@ from ._models import Retries, Submission, TaskState
 from ._pace import Pace
 from ._policy import SAFE_TO_READ_AGAIN, retry_delay
 from ._refusals import parse_retry_after
-from ._requests import EditRequest, GenerateRequest
 from ._wire import Answer
 
 if TYPE_CHECKING:
     import httpx
+
+    from ._requests import EditRequest, GenerateRequest
 
 # The step that a transport reports before it writes a request's head.
 _FIRST_BYTE = "send_request_headers.started"

@@ -11,7 +11,7 @@ import logging
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from attrs import evolve, field, frozen
 
@@ -29,7 +29,9 @@ from ._errors import (
 from ._json import count_or_none, flag_or_none, read_mapping, text_or_none
 from ._matching import match_images
 from ._models import Image, Result, Submission, TaskState
-from ._requests import EditRequest, GenerateRequest
+
+if TYPE_CHECKING:
+    from ._requests import EditRequest, GenerateRequest
 
 logger = logging.getLogger("conceptviz")
 
