@@ -301,12 +301,13 @@ class Run:
         finally:
             self._submitting -= 1
             self._changed.set()
+        now = anyio.current_time()
         looks = self._core.poller.looks(
             paid.submission.task_id,
             request.prompts,
             kind=kind_of(call.path, paid.submission),
-            accepted_at=anyio.current_time() if paid.is_new else None,
-            started=anyio.current_time(),
+            accepted_at=now if paid.is_new else None,
+            started=now,
             timeout=self._options.timeout,
         )
         submission = paid.submission if self._core.has_hook else None

@@ -86,7 +86,7 @@ class Poller:
             durations=durations,
             started_at=now if accepted_at is None else accepted_at,
             next_at=now if accepted_at is None else min(max(now, accepted_at + first), now + first),
-            deadline=started + timeout,
+            waited_from=started,
             timeout=timeout,
             watch=Watch(task_id, accepted_at),
         )
@@ -120,8 +120,8 @@ class Looks(AsyncIterator[TaskState]):
         durations: How long tasks of its kind took.
         started_at: The clock when the task was submitted, or picked up.
         next_at: The clock at the next look.
-        deadline: The clock at which waiting ends, whatever is under way.
-        timeout: The seconds that the deadline was made from.
+        waited_from: The clock at which the timeout began to count.
+        timeout: Seconds after which waiting ends, whatever is under way.
         watch: What the looks have shown so far.
     """
 
@@ -131,7 +131,7 @@ class Looks(AsyncIterator[TaskState]):
     durations: Durations
     started_at: float
     next_at: float
-    deadline: float
+    waited_from: float
     timeout: float
     watch: Watch
     _seen: TaskState | str | None = field(default=None, init=False)
@@ -172,9 +172,22 @@ class Looks(AsyncIterator[TaskState]):
         return state
 
     @property
+    def deadline(self) -> float:
+        """The clock at which waiting ends."""
+        return self.waited_from + self.timeout
+
+    @property
     def due(self) -> float:
         """The clock at which there is something to do."""
         return min(self.next_at, self.deadline)
+
+    def put_off(self, now: float) -> bool:
+        """Have a look that is late come later still, if that leaves room for those that find something."""
+        if not self.watch.is_ours or now >= self.deadline:
+            return False
+        by = self.poller.schedule.put_off(self.durations, now - self.started_at, now - self.next_at)
+        self.next_at = now + by if by else self.next_at
+        return by > 0
 
     async def look(self) -> TaskState | None:
         """Look once, now; None if the look does not count.
@@ -349,6 +362,9 @@ class Board(Generic[W]):
             now, due = anyio.current_time(), self._heap[0][0] if self._heap else math.inf
             if due <= now:
                 waiting = heappop(self._heap)[2]
+                if waiting.looks.put_off(now):
+                    self.push(waiting)
+                    continue
                 if self._heap and self._heap[0][0] <= now and self._idle == 1 and self._workers < self._most:
                     self._hire()
                 return waiting

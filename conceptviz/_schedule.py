@@ -241,6 +241,23 @@ class Schedule:
         apart = min(polling.max_interval, apart * (1.0 + _JITTER * self.rng.random()))
         return max(apart, self._end_of_quiet(durations) - age)
 
+    def put_off(self, durations: Durations, age: float, late: float) -> float:
+        """Return the time by which a look that is late is put off further, to leave room for those that find something.
+
+        Who has more waiting tasks than can be looked at in time is helped by no look at one that is hardly ready yet:
+        before the typical time, as long as nothing was learnt, and before the quiet time afterwards.
+
+        Args:
+            durations: Those of the task's kind.
+            age: The task's age.
+            late: For how long the look has been due.
+        """
+        polling = self.polling
+        likely = durations.quiet if durations.is_learnt else polling.typical[0]
+        if late < polling.min_interval or age >= likely:
+            return 0.0
+        return likely - age + self.rng.random() * polling.min_interval
+
     def _end_of_quiet(self, durations: Durations) -> float:
         """Return an age at which the quiet time is over; a different one for each task."""
         return durations.quiet + self.rng.random() * self.polling.min_interval

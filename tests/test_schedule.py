@@ -375,3 +375,17 @@ def test_kinds_are_bounded() -> None:
         schedule.of(n)
         assert schedule.of("kept") is kept
     assert schedule.of("dropped") is not dropped
+
+
+def test_late_looks_make_room_for_those_that_find_something() -> None:
+    """Once: a look that is late is put off while its task is hardly ready yet, and no further."""
+    schedule = Schedule(POLLING, Random(1))
+    durations = schedule.of("kind")
+    assert schedule.put_off(durations, 10.0, 2.9) == 0.0  # hardly late
+    by = schedule.put_off(durations, 10.0, 3.1)
+    assert 20.0 <= by <= 23.0
+    assert schedule.put_off(durations, 10.0 + by, 60.0) == 0.0
+    for seconds in [50.0] * 20:
+        durations.end(durations.begin(), seconds)
+    assert 0.0 < schedule.put_off(durations, 10.0, 3.1) <= durations.quiet - 10.0 + 3.0
+    assert schedule.put_off(durations, durations.quiet, 60.0) == 0.0
