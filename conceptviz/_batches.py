@@ -1,12 +1,13 @@
 """Items become batches: what generate_many is given, drawn one by one and put together as the service takes it.
 
-What lives here: the drawing, and which prompts may share a request. What must never live here: HTTP, money, what
-becomes of a batch (`_fanout`).
+What lives here: the options, the drawing, and which prompts may share a request. What must never live here: HTTP,
+money, what becomes of a batch (`_fanout`).
 """
 
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable, Iterator
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import anyio
@@ -15,6 +16,7 @@ from attrs import define, evolve
 
 from ._errors import InvalidRequestError
 from ._requests import EditRequest, GenerateRequest
+from ._spec import MAX_PROMPTS
 
 Item: TypeAlias = str | GenerateRequest | EditRequest
 Items: TypeAlias = Iterable[Item] | AsyncIterable[Item]
@@ -107,6 +109,33 @@ def as_batch(item: object, place: int, index: int) -> Batch:
         return Batch(item, place, index, is_one_item=False, names=_UNNAMED)
     names = (name,) if count == 1 else tuple(None if name is None else f"{name}-{n}" for n in range(count))
     return Batch(item, place, index, is_one_item=count > 1, names=names)
+
+
+@define(frozen=True)
+class Options:
+    """How generate_many goes about it. The arguments are those of `AsyncConceptViz.generate_many`.
+
+    Raises:
+        InvalidRequestError: One of them is not what it can be.
+    """
+
+    batch_size: int
+    max_in_flight: int
+    ordered: bool
+    folder: Path | None
+    timeout: float | None
+
+    def __attrs_post_init__(self) -> None:
+        _check_whole("batch_size", self.batch_size, MAX_PROMPTS)
+        _check_whole("max_in_flight", self.max_in_flight, None)
+        timeout = self.timeout
+        if timeout is not None and (isinstance(timeout, bool) or not isinstance(timeout, int | float) or timeout <= 0):
+            raise InvalidRequestError(f"timeout must be a number of seconds above 0, not {timeout!r}.")
+
+
+def _check_whole(name: str, value: object, most: int | None) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= (most or value):
+        raise InvalidRequestError(f"{name} must be {f'1 to {most}' if most else 'at least 1'}, not {value!r}.")
 
 
 def check_items(items: object) -> None:

@@ -315,7 +315,8 @@ class AsyncConceptViz:
 
         Source: "Generate Diagrams", "Edit Images", "Limits".
         """
-        from ._fanout import Options, Outcomes, Run
+        from ._batches import Options
+        from ._fanout import Outcomes, Run
         from ._files import check_folder
 
         folder = None if save_to is None else check_folder(save_to)

@@ -13,13 +13,12 @@ import threading
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing, suppress
-from pathlib import Path
 
 import anyio
 import anyio.abc
 from attrs import define, evolve
 
-from ._batches import Batch, Items, as_batch, check_items, draw
+from ._batches import Batch, Items, Options, as_batch, check_items, draw
 from ._budget import Reservation
 from ._calls import build_generate
 from ._core import Core
@@ -38,7 +37,6 @@ from ._outcomes import no_image, not_submitted, outcomes_of
 from ._policy import ends_submitting, is_divisible
 from ._poller import Board, Looks, Signal, kind_of
 from ._requests import EditRequest
-from ._spec import MAX_PROMPTS
 from ._submits import Paid
 from ._uploads import build_edit_call
 
@@ -46,33 +44,6 @@ logger = logging.getLogger("conceptviz")
 
 # Seconds without a new item after which a batch is sent that is not full.
 _PAUSE = 0.1
-
-
-@define(frozen=True)
-class Options:
-    """How generate_many goes about it. The arguments are those of `AsyncConceptViz.generate_many`.
-
-    Raises:
-        InvalidRequestError: One of them is not what it can be.
-    """
-
-    batch_size: int
-    max_in_flight: int
-    ordered: bool
-    folder: Path | None
-    timeout: float | None
-
-    def __attrs_post_init__(self) -> None:
-        _check_whole("batch_size", self.batch_size, MAX_PROMPTS)
-        _check_whole("max_in_flight", self.max_in_flight, None)
-        timeout = self.timeout
-        if timeout is not None and (isinstance(timeout, bool) or not isinstance(timeout, int | float) or timeout <= 0):
-            raise InvalidRequestError(f"timeout must be a number of seconds above 0, not {timeout!r}.")
-
-
-def _check_whole(name: str, value: object, most: int | None) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= (most or value):
-        raise InvalidRequestError(f"{name} must be {f'1 to {most}' if most else 'at least 1'}, not {value!r}.")
 
 
 @define(eq=False, repr=False, weakref_slot=False)
@@ -256,7 +227,9 @@ class Run:
             if self._drawn:
                 index, item = self._drawn[0]
                 try:
-                    next_ = as_batch(item, self._drawn_prompts, index)
+                    # One number for both where they are equal: it is kept for as long as the task waits.
+                    place = index if index == self._drawn_prompts else self._drawn_prompts
+                    next_ = as_batch(item, place, index)
                 except InvalidRequestError as error:
                     self._take()
                     self._deliver(
