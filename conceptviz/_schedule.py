@@ -55,6 +55,8 @@ _KINDS = 64
 # Up to so many waiting tasks are looked at as often as allowed.
 _FEW = 100
 _SLOWING = 0.5
+# A late look is put off by so many times its lateness at the most.
+_PUT_OFF = 4.0
 # A thousand tasks that were submitted together drift apart.
 _JITTER = 0.02
 
@@ -245,7 +247,8 @@ class Schedule:
         """Return the time by which a look that is late is put off further, to leave room for those that find something.
 
         Who has more waiting tasks than can be looked at in time is helped by no look at one that is hardly ready yet:
-        before the typical time, as long as nothing was learnt, and before the quiet time afterwards.
+        before the typical time, as long as nothing was learnt, and before the quiet time afterwards. It is put off by
+        a few times its lateness, and not for as long as that takes: the time may be wrong, and the crowd soon gone.
 
         Args:
             durations: Those of the task's kind.
@@ -256,7 +259,7 @@ class Schedule:
         likely = durations.quiet if durations.is_learnt else polling.typical[0]
         if late < polling.min_interval or age >= likely:
             return 0.0
-        return likely - age + self.rng.random() * polling.min_interval
+        return min(likely - age + self.rng.random() * polling.min_interval, _PUT_OFF * late)
 
     def _end_of_quiet(self, durations: Durations) -> float:
         """Return an age at which the quiet time is over; a different one for each task."""

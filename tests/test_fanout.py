@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import pickle
+import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -390,6 +391,19 @@ async def test_each_task_has_its_own_time(simulator: Simulator) -> None:
     assert outcomes[0].task_id == outcomes[0].error.task_id
     assert outcomes[0].credits_used == 2
     assert outcomes[1].ok
+
+
+async def test_a_stall_does_not_put_looks_off_for_long(simulator: Simulator) -> None:
+    """Also where the typical time is far from what the tasks take."""
+
+    def stall(event: Any) -> None:
+        if isinstance(event, Submitted):
+            time.sleep(0.01)
+
+    polling = Polling(min_interval=0.001, max_interval=0.002, first_look=0.001)
+    async with client_of(simulator, polling=polling, on_event=stall) as cv:
+        outcomes = await outcomes_of(cv, ["a", "b", "c"], batch_size=1)
+    assert all(outcome.ok for outcome in outcomes)
 
 
 async def test_a_task_that_the_journal_cannot_take_is_waited_for_all_the_same(

@@ -378,14 +378,15 @@ def test_kinds_are_bounded() -> None:
 
 
 def test_late_looks_make_room_for_those_that_find_something() -> None:
-    """Once: a look that is late is put off while its task is hardly ready yet, and no further."""
+    """A look that is late is put off while its task is hardly ready yet, by a few times its lateness at the most."""
     schedule = Schedule(POLLING, Random(1))
     durations = schedule.of("kind")
     assert schedule.put_off(durations, 10.0, 2.9) == 0.0  # hardly late
-    by = schedule.put_off(durations, 10.0, 3.1)
-    assert 20.0 <= by <= 23.0
-    assert schedule.put_off(durations, 10.0 + by, 60.0) == 0.0
+    assert schedule.put_off(durations, 10.0, 3.0) == 12.0
+    assert 20.0 <= schedule.put_off(durations, 10.0, 60.0) <= 23.0
+    assert 1.0 <= schedule.put_off(durations, 29.0, 60.0) <= 4.0
+    assert schedule.put_off(durations, 30.0, 60.0) == 0.0
     for seconds in [50.0] * 20:
         durations.end(durations.begin(), seconds)
-    assert 0.0 < schedule.put_off(durations, 10.0, 3.1) <= durations.quiet - 10.0 + 3.0
+    assert 0.0 < schedule.put_off(durations, 10.0, 60.0) <= durations.quiet - 10.0 + 3.0
     assert schedule.put_off(durations, durations.quiet, 60.0) == 0.0
