@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+
 import anyio
 import anyio.lowlevel
 import pytest
@@ -82,7 +84,7 @@ async def test_of_one_place_submits_and_looks_have_every_other() -> None:
         await crowd.ask("look", "l0", "l1", "l2")
         await crowd.ask("submit", "s0", "s1")
         for kind in ("look", "submit", "look", "submit"):
-            await crowd.give_back(kind)  # type: ignore[arg-type]  # a loop variable is a str to it
+            await crowd.give_back(kind)
         assert crowd.held == ["l0", "s0", "l1", "s1", "l2"]
 
 
@@ -240,14 +242,14 @@ async def test_a_body_that_is_left_ends_from_within() -> None:
     """Each generator of the chain sees its end, and none is left to the garbage collector."""
     ended = []
 
-    async def inner():  # type: ignore[no-untyped-def]  # an async generator
+    async def inner() -> AsyncIterator[bytes]:
         try:
             yield b"a"
             await anyio.sleep_forever()
         finally:
             ended.append("inner")
 
-    async def outer():  # type: ignore[no-untyped-def]  # likewise
+    async def outer() -> AsyncIterator[bytes]:
         try:
             async for piece in inner():
                 yield piece

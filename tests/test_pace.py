@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,7 +14,7 @@ from conceptviz._pace import Pace
 def gaps(pace: Pace, now: float, count: int) -> list[float]:
     """The distances between the next slots."""
     slots = [pace.book(now) for _ in range(count + 1)]
-    return [round(later - earlier, 9) for earlier, later in zip(slots, slots[1:], strict=False)]
+    return [round(later - earlier, 9) for earlier, later in pairwise(slots)]
 
 
 def test_without_a_429_there_is_no_pace() -> None:
