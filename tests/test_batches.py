@@ -201,6 +201,7 @@ def test_options(good: tuple[int, int, float | None]) -> None:
         (4, 5, -1.0, "timeout"),
         (4, 5, True, "timeout"),
         (4, 5, "5", "timeout"),
+        (4, 5, float("nan"), "timeout"),
     ],
 )
 def test_options_that_cannot_be(size: Any, most: Any, timeout: Any, said: str) -> None:
