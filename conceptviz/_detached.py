@@ -44,8 +44,11 @@ async def to_the_end(work: Callable[[Stake], Awaitable[T]]) -> T:
     shield = anyio.CancelScope(shield=True)
     values: list[T] = []
     errors: list[BaseException] = []
+    has_begun = False
 
     async def run() -> None:
+        nonlocal has_begun
+        has_begun = True
         try:
             with shield:
                 try:
@@ -69,7 +72,8 @@ async def to_the_end(work: Callable[[Stake], Awaitable[T]]) -> T:
             stake.is_stopped = True
             shield.deadline = anyio.current_time() + (GRACE if stake.is_held else 0.0)
             with anyio.CancelScope(shield=True):
-                while not done.is_set():
+                # asyncio cancels every task when its loop ends: one that has not begun then never does, nor says so.
+                while has_begun and not done.is_set():
                     try:
                         await done.wait()
                     except anyio.get_cancelled_exc_class():  # noqa: PERF203 - a loop of two turns

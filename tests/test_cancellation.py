@@ -640,6 +640,29 @@ class TestToTheEnd:
         asyncio.run(main())
         assert ended == ["cancelled"]
 
+    # What anyio wraps the work in is cancelled first, and the work itself never awaited.
+    @pytest.mark.filterwarnings("ignore:.*was never awaited:RuntimeWarning")
+    @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+    @pytest.mark.parametrize("who", ["the work", "who waits", "both"])
+    def test_cancelled_before_the_work_has_begun(self, who: str) -> None:
+        """A loop that ends at this moment does end; nobody waits for what never begins."""
+
+        async def work(stake: Stake) -> None:
+            raise AssertionError
+
+        async def main() -> None:
+            before = asyncio.all_tasks()
+            task = asyncio.ensure_future(to_the_end(work))
+            await asyncio.sleep(0)
+            cancelled = {"the work": asyncio.all_tasks() - before - {task}, "who waits": {task}}
+            for each in cancelled.get(who, asyncio.all_tasks() - before):
+                each.cancel()
+            done, _ = await asyncio.wait({task}, timeout=5)
+            assert done == {task}
+            assert task.cancelled()
+
+        asyncio.run(main())
+
     def test_only_the_work_is_cancelled_by_somebody(self) -> None:
         """Whoever waits is not left waiting."""
 
