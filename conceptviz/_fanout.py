@@ -162,9 +162,11 @@ class Run:
         """Name the tasks that are paid for and not waited for any more: none is lost in silence."""
         for flight in self._flights:
             flight.looks.leave()
+        # What is ready can be taken still, unless the run was left; what is out of order waits for what never comes.
+        untaken = [*(self._ready if self._is_left else ()), *self._early.values()]
         ids = {flight.looks.task_id for flight in self._flights}
-        ids |= {outcome.task_id for outcome in (*self._ready, *self._early.values()) if outcome.task_id}
-        if self._is_left and ids:
+        ids |= {outcome.task_id for outcome in untaken if outcome.task_id}
+        if ids:
             logger.warning(
                 "Left %d tasks whose outcomes nobody took. They are paid for and go on at the service; %s",
                 len(ids),
