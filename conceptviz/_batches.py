@@ -129,7 +129,9 @@ class Options:
         _check_whole("batch_size", self.batch_size, MAX_PROMPTS)
         _check_whole("max_in_flight", self.max_in_flight, None)
         timeout = self.timeout
-        if timeout is not None and (isinstance(timeout, bool) or not isinstance(timeout, int | float) or timeout <= 0):
+        if timeout is not None and (
+            isinstance(timeout, bool) or not isinstance(timeout, int | float) or not timeout > 0
+        ):
             raise InvalidRequestError(f"timeout must be a number of seconds above 0, not {timeout!r}.")
 
 

@@ -92,7 +92,8 @@ async def _chunks(response: httpx.Response) -> AsyncIterator[bytes]:
 def is_instrumented() -> bool:
     """Say whether something has put itself into httpx's own transport, as OpenTelemetry and test tools do."""
     method = httpx.AsyncHTTPTransport.handle_async_request
-    return not isinstance(method, types.FunctionType) or not method.__module__.startswith("httpx.")
+    # By its type, not by `isinstance`: a wrapper may pretend to be what it wraps.
+    return type(method) is not types.FunctionType or not method.__module__.startswith("httpx.")
 
 
 def is_own_transport(transport: httpx.AsyncBaseTransport | None) -> bool:

@@ -648,6 +648,40 @@ async def test_each_error_of_a_transport_that_reports_no_steps(
         assert_no_key(read.value)
 
 
+class Wrapper:
+    """What instrumentations put in the place of a method: it says of itself that it is a function of httpx."""
+
+    def __init__(self, wrapped: Any) -> None:
+        self.wrapped = wrapped
+        self.seen: list[str] = []
+        self.__module__ = wrapped.__module__
+
+    @property  # type: ignore[misc]  # as wrapt has it
+    def __class__(self) -> Any:
+        return type(self.wrapped)
+
+    def __get__(self, instance: Any, owner: Any) -> Any:
+        if instance is None:
+            return self
+
+        async def handle(request: httpx.Request) -> httpx.Response:
+            self.seen.append(f"{request.method} {request.url.path}")
+            answered: httpx.Response = await self.wrapped(instance, request)
+            return answered
+
+        return handle
+
+
+async def test_an_instrumentation_of_httpx_sees_every_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As OpenTelemetry's does: what is put into httpx's transport stands before the API too."""
+    wrapper = Wrapper(httpx.AsyncHTTPTransport.handle_async_request)
+    monkeypatch.setattr(httpx.AsyncHTTPTransport, "handle_async_request", wrapper)
+    with RawServer(answering(RECEIPT_BYTES)) as server:
+        async with raw_client(server) as cv:
+            await (await cv.submit("a")).status()
+    assert wrapper.seen == ["POST /api/v1/generate", f"GET /api/v1/task/{TASK}"]
+
+
 def test_every_error_of_httpx_is_known() -> None:
     """A new kind of error in httpx fails here, and someone decides whether it means that nothing was sent."""
 
