@@ -22,9 +22,9 @@ from ._calls import ApiCall
 from ._exchange import PIECE, USER_AGENT, Pieces, Received, Trace, finish
 from ._json import MAX_ANSWER_BYTES
 
-# What httpx raises for an exchange that fails. The last two are for a Location that it cannot read: it reads each,
-# though it is told to follow none, and lets the errors of its IDNA library through.
-EXCHANGE_ERRORS = (httpx.HTTPError, httpx.StreamError, httpx.InvalidURL, UnicodeError)
+# What httpx raises for an exchange that fails. Two are for a Location that it cannot read: it reads each, though it is
+# told to follow none, and lets the errors of its IDNA library through; as it does with what OpenSSL says of a record.
+EXCHANGE_ERRORS = (httpx.HTTPError, httpx.StreamError, httpx.InvalidURL, UnicodeError, ssl.SSLError)
 
 
 @functools.cache

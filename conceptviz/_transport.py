@@ -45,7 +45,14 @@ if TYPE_CHECKING:
 # The step that a transport reports before it writes a request's head.
 _FIRST_BYTE = "send_request_headers.started"
 # The errors, by the names that httpx and httpcore share, that are raised before a connection exists.
-_NEVER_SENT = {"ConnectError", "ConnectTimeout", "PoolTimeout", "UnsupportedProtocol", "ProxyError"}
+_NEVER_SENT = {
+    "ConnectError",
+    "ConnectTimeout",
+    "PoolTimeout",
+    "UnsupportedProtocol",
+    "ProxyError",
+    "ConnectionNotAvailable",
+}
 
 
 @frozen(eq=False)
@@ -408,6 +415,7 @@ def _kinds(error: BaseException) -> list[str]:
 _REASONS = {
     "ConnectTimeout": "no connection was made in time",
     "ConnectError": "no connection could be made",
+    "ConnectionNotAvailable": "the connection was closed",
     "ProxyError": "the proxy made no connection",
     "PoolTimeout": "no connection was free in time",
     "TimeoutException": "the connection fell silent",
