@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import select
 import ssl
 import subprocess
@@ -14,8 +15,9 @@ import anyio
 import httpcore
 import httpx
 import pytest
+import respx
 import trustme
-from helpers import API, KEY, QUICK
+from helpers import API, KEY, QUICK, QUICK_POLLING, RECEIPT, TASK, completed
 from hypothesis import given
 from hypothesis import strategies as st
 from raw_server import Connection, RawServer
@@ -619,6 +621,85 @@ def test_where_a_proxy_may_be_configured_httpx_decides(name: str, monkeypatch: p
     assert carrier("http://127.0.0.1:9/api/v1") == DIRECT
     monkeypatch.setenv(name, "")
     assert carrier() == DIRECT
+
+
+class Proxied:
+    """A wrapper that takes on the class and the module of what it wraps, as wrapt's do: OpenTelemetry's, for one."""
+
+    def __init__(self, wrapped: Any) -> None:
+        self._wrapped = wrapped
+        self.__module__ = wrapped.__module__
+
+    @property
+    def __class__(self) -> Any:
+        return type(self._wrapped)
+
+    @__class__.setter
+    def __class__(self, value: Any) -> None:
+        raise AttributeError
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._wrapped(*args, **kwargs)
+
+
+def plain(method: Any) -> Any:
+    """As pytest-httpx does it."""
+
+    async def replaced(self: Any, request: Any) -> Any:
+        return await method(self, request)
+
+    return replaced
+
+
+def wrapped(method: Any) -> Any:
+    return functools.wraps(method)(plain(method))
+
+
+@pytest.mark.parametrize("wrap", [plain, wrapped, Proxied])
+@pytest.mark.parametrize(
+    ("cls", "name"),
+    [
+        (httpx.AsyncHTTPTransport, "handle_async_request"),
+        (httpx.AsyncClient, "send"),
+        (httpx.AsyncClient, "_send_single_request"),
+        (httpx.AsyncClient, "_transport_for_url"),
+        (httpcore.AsyncConnectionPool, "handle_async_request"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.__name__,
+)
+def test_who_puts_himself_into_httpx_is_gone_through(
+    cls: Any, name: str, wrap: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cls, name, wrap(getattr(cls, name)))
+    assert carrier() == UNTRACED
+    assert carrier("http://127.0.0.1:9/api/v1") == UNTRACED
+    monkeypatch.undo()
+    assert carrier() == DIRECT
+
+
+def test_who_puts_a_class_of_his_own_in_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Watched(httpx.AsyncClient):
+        pass
+
+    monkeypatch.setattr(httpx, "AsyncClient", Watched)
+    assert carrier() == UNTRACED
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("using", ["httpx", "httpcore"])
+async def test_respx_is_asked_and_nobody_else(using: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever way it puts itself in: a test of a user's must not reach the service, and pay."""
+
+    async def connect(*_: Any, **__: Any) -> None:
+        raise AssertionError("a connection was made")
+
+    monkeypatch.setattr(anyio, "connect_tcp", connect)
+    with respx.mock(base_url=API, using=using) as mock:
+        mock.post("/generate").respond(200, json=RECEIPT)
+        mock.get(f"/task/{TASK}").respond(200, json=completed("a"))
+        async with AsyncConceptViz(KEY, base_url=API, retries=QUICK, polling=QUICK_POLLING) as cv:
+            assert (await cv.generate("a")).task_id == TASK
+        assert mock.calls.call_count >= 2
 
 
 IMPORTS = """
