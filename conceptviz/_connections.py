@@ -26,8 +26,9 @@ from ._json import MAX_ANSWER_BYTES
 
 # Seconds after which an idle connection is not used again: common servers keep theirs for a minute or so.
 _IDLE_SECONDS = 30.0
-_LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*([0-9]+)[ \t]*\r\n")
+_LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*([0-9]{1,15})[ \t]*\r\n")
 _CHUNKED = re.compile(rb"\r\ntransfer-encoding:[ \t]*chunked[ \t]*\r\n")
+_CHUNK = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\r\n]*)?\r\n")
 
 
 class Connections:
@@ -45,6 +46,7 @@ class Connections:
         httpcore.NetworkError,
         httpcore.ProtocolError,
         httpcore.UnsupportedProtocol,
+        httpcore.ConnectionNotAvailable,  # it was closed in the moment before its first byte
         UnicodeError,  # for a host that is no name
     )
     is_traced = True
@@ -68,6 +70,7 @@ class Connections:
         ]
         self._idle: list[httpcore.AsyncHTTPConnection] = []
         self._busy: set[httpcore.AsyncHTTPConnection] = set()
+        self._backend = _Backend()
 
     async def exchange(self, call: ApiCall, authorization: str, received: Received, trace: Trace | None) -> None:
         """Send a request and read its answer, up to the size that an answer may have, into `received`.
@@ -106,7 +109,8 @@ class Connections:
                     await connection.aclose()
 
     async def aclose(self) -> None:
-        """Close the connections; what is under way on them ends with an error."""
+        """Close the connections; what is under way on them, or would make one, ends with an error."""
+        self._backend.is_closed = True
         for connection in [*self._idle, *self._busy]:
             await connection.aclose()
         self._idle.clear()
@@ -120,7 +124,7 @@ class Connections:
             with anyio.CancelScope(shield=True), anyio.move_on_after(1):
                 await connection.aclose()
         return httpcore.AsyncHTTPConnection(
-            self._origin, self._context, keepalive_expiry=_IDLE_SECONDS, network_backend=_Backend()
+            self._origin, self._context, keepalive_expiry=_IDLE_SECONDS, network_backend=self._backend
         )
 
     def _request(self, call: ApiCall, authorization: str, trace: Trace | None) -> httpcore.Request:
@@ -137,7 +141,13 @@ class Connections:
 
 
 class _Backend(httpcore.AsyncNetworkBackend):
-    """The way to the network: anyio's streams, on asyncio and trio."""
+    """The way to the network: anyio's streams, on asyncio and trio.
+
+    Attributes:
+        is_closed: Whether no connection is to be made any more: what has not sent a byte yet does not.
+    """
+
+    is_closed = False
 
     async def connect_tcp(
         self,
@@ -147,8 +157,20 @@ class _Backend(httpcore.AsyncNetworkBackend):
         local_address: str | None = None,  # noqa: ARG002 - httpcore's signature, and so below
         socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,  # noqa: ARG002
     ) -> httpcore.AsyncNetworkStream:
+        self.check()
         with _connecting(timeout):
-            return _Tap(await anyio.connect_tcp(host, port))
+            stream = _Tap(await anyio.connect_tcp(host, port), self)
+        try:
+            self.check()
+        except httpcore.ConnectError:
+            await stream.aclose()
+            raise
+        return stream
+
+    def check(self) -> None:
+        """Refuse to go on if no connection is to be made any more."""
+        if self.is_closed:
+            raise httpcore.ConnectError("closed")
 
 
 class _Tap(httpcore.AsyncNetworkStream):
@@ -157,19 +179,22 @@ class _Tap(httpcore.AsyncNetworkStream):
     Its reads and writes have no time limits of their own: the whole exchange has one.
     """
 
-    def __init__(self, stream: ByteStream) -> None:
+    def __init__(self, stream: ByteStream, backend: _Backend) -> None:
         self._stream = stream
+        self._backend = backend
         self._socket = stream.extra(SocketAttribute.raw_socket)  # noqa: S610 - anyio's, not Django's
         self.tls: ssl.SSLObject | None = stream.extra(TLSAttribute.ssl_object, None)  # noqa: S610
         self.came = bytearray()
+        self.is_full = False
 
     async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:  # noqa: ARG002
         try:
             data = await self._stream.receive(max_bytes)
         except anyio.EndOfStream:
             return b""
-        except (anyio.BrokenResourceError, anyio.ClosedResourceError) as error:
+        except (anyio.BrokenResourceError, anyio.ClosedResourceError, ssl.SSLError) as error:
             raise httpcore.ReadError(str(error)) from error
+        self.is_full = len(data) >= max_bytes
         if len(self.came) <= MAX_ANSWER_BYTES:  # a longer answer is not read to its end
             self.came += data
         return data
@@ -180,7 +205,7 @@ class _Tap(httpcore.AsyncNetworkStream):
         self.came.clear()
         try:
             await self._stream.send(buffer)
-        except (anyio.BrokenResourceError, anyio.ClosedResourceError) as error:
+        except (anyio.BrokenResourceError, anyio.ClosedResourceError, ssl.SSLError) as error:
             raise httpcore.WriteError(str(error)) from error
 
     async def aclose(self) -> None:
@@ -191,15 +216,15 @@ class _Tap(httpcore.AsyncNetworkStream):
     ) -> httpcore.AsyncNetworkStream:
         try:
             with _connecting(timeout):
-                return _Tap(
-                    await TLSStream.wrap(
-                        self._stream,
-                        hostname=server_hostname,
-                        ssl_context=ssl_context,
-                        standard_compatible=False,
-                        server_side=False,
-                    )
+                stream = await TLSStream.wrap(
+                    self._stream,
+                    hostname=server_hostname,
+                    ssl_context=ssl_context,
+                    standard_compatible=False,
+                    server_side=False,
                 )
+            self._backend.check()
+            return _Tap(stream, self._backend)
         except BaseException:
             with anyio.CancelScope(shield=True), anyio.move_on_after(1):
                 await self.aclose()
@@ -237,7 +262,8 @@ def _holds_nothing_more(stream: object) -> bool:
     if not isinstance(stream, _Tap):
         return False
     came = bytes(stream.came)
-    if _answer_length(came) != len(came):
+    # A read that was filled may have left something behind, in a buffer of the event loop's.
+    if stream.is_full or _answer_length(came) != len(came):
         return False
     if stream.tls is None:
         return True
@@ -264,12 +290,10 @@ def _answer_length(came: bytes) -> int | None:
     length = _LENGTH.search(head)
     if _CHUNKED.search(head) is None:
         return start + int(length[1]) if length is not None else None
-    try:
-        while True:
-            line, _, _ = came[start : start + 64].partition(b"\r\n")
-            size = int(line.partition(b";")[0], 16)
-            start += len(line) + 2 + size + 2
-            if size == 0:
-                return start
-    except ValueError:
-        return None
+    # Each turn goes on by a size line at least.
+    while (chunk := _CHUNK.match(came, start)) is not None:
+        size = int(chunk[1], 16)
+        start = chunk.end() + size + 2
+        if size == 0:
+            return start
+    return None

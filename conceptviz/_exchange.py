@@ -1,14 +1,17 @@
 """One HTTP exchange, whichever library carries it: what goes out, what has come back so far, and how many at a time.
 
-What lives here: what `_connections` (httpcore) and `_http` (httpx) share, and what belongs to one event loop. What must
-never live here: either library, the key, a decision about money or time.
+What lives here: what `_connections` (httpcore) and `_http` (httpx) share, what belongs to one event loop, and whether
+somebody has put himself into either library. What must never live here: an import of them, the key, a decision about
+money or time.
 """
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import suppress
+from types import FunctionType
 from typing import Any, Generic, Literal, Protocol, TypeAlias, TypeVar
 
 import anyio
@@ -24,6 +27,19 @@ T = TypeVar("T")
 USER_AGENT = f"conceptviz-python/{__version__}"
 # Bodies are handed to the socket in pieces of this size: asyncio copies what a full socket does not take at once.
 PIECE = 256 * 1024
+
+# What a request passes on its way through httpx. Whoever traces or mocks it puts himself into one of these.
+_SEAMS = {
+    "httpx.AsyncClient": (
+        "send",
+        "_send_handling_auth",
+        "_send_handling_redirects",
+        "_send_single_request",
+        "_transport_for_url",
+    ),
+    "httpx.AsyncHTTPTransport": ("handle_async_request",),
+    "httpcore.AsyncConnectionPool": ("handle_async_request",),
+}
 
 Trace: TypeAlias = Callable[[str, Mapping[str, Any]], Awaitable[None]]
 """Told each step of an exchange, in the words of httpcore's `trace` extension."""
@@ -185,3 +201,25 @@ async def finish(chunks: AsyncIterator[bytes], errors: tuple[type[Exception], ..
         scope.cancel()
         for _ in range(1000):
             await anext(chunks)
+
+
+def is_httpx_changed() -> bool:
+    """Say whether something has put itself into httpx, or the pool that it stands on: tracing, or a test's mock.
+
+    Into what was never imported, nothing has.
+    """
+    for seam, methods in _SEAMS.items():
+        package, _, name = seam.partition(".")
+        if package in sys.modules:
+            cls = getattr(sys.modules[package], name)
+            if cls.__module__ != package or any(_is_changed(getattr(cls, m, None), package) for m in methods):
+                return True
+    return False
+
+
+def _is_changed(method: Any, package: str) -> bool:
+    """Say whether a method is not its package's own; one that its version does not have is not changed."""
+    # Wrappers take on the class and the module of what they wrap. The globals of a function cannot be lent.
+    return method is not None and not (
+        type(method) is FunctionType and method.__globals__["__name__"].startswith(f"{package}.")
+    )

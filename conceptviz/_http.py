@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import ssl
-import types
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from http.cookiejar import CookieJar, DefaultCookiePolicy
@@ -22,9 +21,9 @@ from ._calls import ApiCall
 from ._exchange import PIECE, USER_AGENT, Pieces, Received, Trace, finish
 from ._json import MAX_ANSWER_BYTES
 
-# What httpx raises for an exchange that fails. The last two are for a Location that it cannot read: it reads each,
-# though it is told to follow none, and lets the errors of its IDNA library through.
-EXCHANGE_ERRORS = (httpx.HTTPError, httpx.StreamError, httpx.InvalidURL, UnicodeError)
+# What httpx raises for an exchange that fails. Two are for a Location that it cannot read: it reads each, though it is
+# told to follow none, and lets the errors of its IDNA library through; as it does with what OpenSSL says of a record.
+EXCHANGE_ERRORS = (httpx.HTTPError, httpx.StreamError, httpx.InvalidURL, UnicodeError, ssl.SSLError)
 
 
 @functools.cache
@@ -87,13 +86,6 @@ async def _chunks(response: httpx.Response) -> AsyncIterator[bytes]:
     else:
         async for chunk in response.aiter_raw():
             yield chunk
-
-
-def is_instrumented() -> bool:
-    """Say whether something has put itself into httpx's own transport, as OpenTelemetry and test tools do."""
-    method = httpx.AsyncHTTPTransport.handle_async_request
-    # By its type, not by `isinstance`: a wrapper may pretend to be what it wraps.
-    return type(method) is not types.FunctionType or not method.__module__.startswith("httpx.")
 
 
 def is_own_transport(transport: httpx.AsyncBaseTransport | None) -> bool:

@@ -5,7 +5,7 @@ used. No more requests are under way than there may be connections, so that none
 HTTP library becomes a sentence and is dropped: it holds the request, and the request holds the key.
 
 By itself the API is reached over connections of our own (`_connections`). Where the caller has a transport, where a
-proxy may be configured, or where something has put itself into httpx's transport, it is reached through httpx.
+proxy may be configured, or where something has put itself into httpx, it is reached through httpx.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ._calls import ApiCall
 from ._config import Secret
 from ._errors import ConceptVizError, Credits, NotSentError, PollInterruptedError, ServerError
 from ._events import Event, Retrying
-from ._exchange import Carrier, Kind, LoopBound, Received, Turns, share_of
+from ._exchange import Carrier, Kind, LoopBound, Received, Turns, is_httpx_changed, share_of
 from ._json import MAX_ANSWER_BYTES
 from ._models import Retries, Submission, TaskState
 from ._pace import Pace
@@ -45,7 +45,14 @@ if TYPE_CHECKING:
 # The step that a transport reports before it writes a request's head.
 _FIRST_BYTE = "send_request_headers.started"
 # The errors, by the names that httpx and httpcore share, that are raised before a connection exists.
-_NEVER_SENT = {"ConnectError", "ConnectTimeout", "PoolTimeout", "UnsupportedProtocol", "ProxyError"}
+_NEVER_SENT = {
+    "ConnectError",
+    "ConnectTimeout",
+    "PoolTimeout",
+    "UnsupportedProtocol",
+    "ProxyError",
+    "ConnectionNotAvailable",
+}
 
 
 @frozen(eq=False)
@@ -141,7 +148,7 @@ class Transport:
     def _carrier(self, *, keep_alive: bool) -> Carrier:
         # Without TLS the host is this machine, and a proxy would be handed the key.
         tls = self._base_url.startswith("https:")
-        is_changed = _is_httpx_changed()
+        is_changed = is_httpx_changed()
         if self._given is None and _may_go_direct(is_changed, tls):
             from ._connections import Connections
 
@@ -359,15 +366,6 @@ async def _keep(pace: Pace) -> None:
             return
 
 
-def _is_httpx_changed() -> bool:
-    """Say whether something has put itself into httpx's own transport; if httpx was never imported, nothing has."""
-    if "httpx" not in sys.modules:
-        return False
-    from ._http import is_instrumented
-
-    return is_instrumented()
-
-
 def _may_go_direct(is_httpx_changed: bool, tls: bool) -> bool:
     """Say whether nothing may stand before the API that only httpx knows: an instrumentation, or a proxy."""
     return not is_httpx_changed and not (tls and _may_have_proxy())
@@ -408,6 +406,7 @@ def _kinds(error: BaseException) -> list[str]:
 _REASONS = {
     "ConnectTimeout": "no connection was made in time",
     "ConnectError": "no connection could be made",
+    "ConnectionNotAvailable": "the connection was closed",
     "ProxyError": "the proxy made no connection",
     "PoolTimeout": "no connection was free in time",
     "TimeoutException": "the connection fell silent",

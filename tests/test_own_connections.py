@@ -1,0 +1,741 @@
+"""Connections of our own to the API: where an answer ends, which connection is used again, and which way is taken."""
+
+from __future__ import annotations
+
+import functools
+import select
+import ssl
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import anyio
+import httpcore
+import httpx
+import pytest
+import respx
+import trustme
+from helpers import API, KEY, QUICK, QUICK_POLLING, RECEIPT, TASK, completed
+from hypothesis import given
+from hypothesis import strategies as st
+from raw_server import Connection, RawServer
+
+from conceptviz import AsyncConceptViz, GenerateRequest, SubmissionUnknownError, _connections, _http
+from conceptviz._calls import build_generate, build_look
+from conceptviz._connections import Connections, _answer_length
+from conceptviz._exchange import Received
+from conceptviz._http import ThroughHttpx
+
+WHOLE = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello"
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nhel\r\n2;a=b\r\nlo\r\n0\r\n\r\n"
+EMPTY = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"
+LOUD = b"HTTP/1.1 200 OK\r\nX-Other: 1\r\nCONTENT-LENGTH:  5 \r\nConnection: keep-alive\r\n\r\nhello"
+BIG = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n" + b"1F40\r\n" + b"x" * 8000 + b"\r\n0\r\n\r\n"
+WITHOUT_END = {
+    "early hints": b"HTTP/1.1 103 Early Hints\r\n\r\n" + WHOLE,
+    "continue": b"HTTP/1.1 100 Continue\r\nContent-Length: 5\r\n\r\n" + WHOLE,
+    "up to the end of the connection": b"HTTP/1.1 200 OK\r\n\r\nhello",
+    "no content": b"HTTP/1.1 204 No Content\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("answer", [WHOLE, CHUNKED, EMPTY, LOUD, BIG], ids=["whole", "chunked", "empty", "loud", "big"])
+def test_the_end_of_an_answer(answer: bytes) -> None:
+    """Found in all of it, in no part of it, and with anything behind it too."""
+    assert _answer_length(answer) == len(answer)
+    for cut in range(len(answer)):
+        assert _answer_length(answer[:cut]) != cut
+    for more in (b"\r\n", b"x", WHOLE, CHUNKED):
+        assert _answer_length(answer + more) == len(answer)
+
+
+@pytest.mark.parametrize("answer", WITHOUT_END.values(), ids=WITHOUT_END)
+def test_an_end_that_is_not_plain_to_see(answer: bytes) -> None:
+    assert _answer_length(answer) is None
+
+
+def test_trailers_are_more_than_an_answer() -> None:
+    """They might be read, but a connection is cheaper than a reader of trailers."""
+    answer = CHUNKED[:-2] + b"X-Sum: 1\r\n\r\n"
+    assert _answer_length(answer) != len(answer)
+
+
+def test_chunks_go_before_a_length() -> None:
+    """Source: RFC 9112, section 6.3."""
+    answer = CHUNKED.replace(b"\r\n\r\n3", b"\r\nContent-Length: 5\r\n\r\n3")
+    assert _answer_length(answer) == len(answer)
+
+
+@pytest.mark.parametrize("size", [b"-6", b"-1", b"+3", b"0x3", b"1_0", b" 3", b"", b"g", b"3 4"])
+def test_a_chunk_whose_size_is_none(size: bytes) -> None:
+    """Of such sizes some are numbers to Python. A negative one once led back to where it stood, for ever."""
+    assert _answer_length(CHUNKED[:-5] + size + b"\r\nhel\r\n0\r\n\r\n") is None
+
+
+@given(
+    st.lists(
+        st.sampled_from([b"HTTP/1.1 200 OK", b"\r\n", b"\n", b"content-length: 3", b"Transfer-Encoding: chunked"])
+        | st.sampled_from([b"-6", b"3", b"0", b";", b"\r\n\r\n", b"abc"])
+        | st.binary(max_size=8)
+    ).map(b"".join)
+)
+def test_whatever_came_its_end_is_looked_for_once(came: bytes) -> None:
+    length = _answer_length(came)
+    assert length is None or length > 0
+
+
+def saying(*answers: bytes, then: Callable[[Connection], object] | None = None) -> Callable[[Connection], None]:
+    """Answer request after request on one connection, and then hear whether another comes."""
+
+    def behave(connection: Connection) -> None:
+        for answer in answers:
+            connection.read()
+            connection.send(answer)
+        if then is not None:
+            then(connection)
+        connection.read()
+
+    return behave
+
+
+def connections(server: RawServer, *, keep_alive: bool = True, context: ssl.SSLContext | None = None) -> Connections:
+    url = server.base_url if context is None else f"https://127.0.0.1:{server.port}/api/v1"
+    return Connections(url, context=context, timeout=5.0, keep_alive=keep_alive)
+
+
+async def look(ways: Connections) -> Received:
+    received = Received()
+    with anyio.fail_after(5):
+        await ways.exchange(build_look("a-task"), f"Bearer {KEY}", received, None)
+    return received
+
+
+@pytest.mark.anyio
+async def test_what_goes_over_the_wire() -> None:
+    with RawServer(saying(WHOLE, WHOLE)) as server:
+        ways = connections(server)
+        received = await look(ways)
+        call = build_generate(GenerateRequest("a"))
+        await ways.exchange(call, f"Bearer {KEY}", Received(), None)
+        await ways.aclose()
+    assert (received.status_code, bytes(received.body), received.headers) == (200, b"hello", {"content-length": "5"})
+    assert received.is_certain
+    get, post = server.requests
+    assert (get.method, get.path, get.body) == ("GET", "/api/v1/task/a-task", b"")
+    assert get.headers["authorization"] == f"Bearer {KEY}"
+    assert get.headers["host"] == f"127.0.0.1:{server.port}"
+    assert get.headers["accept-encoding"] == "identity"
+    assert get.headers["user-agent"].startswith("conceptviz-python/")
+    assert (post.method, post.path, post.body) == ("POST", "/api/v1/generate", b"".join(call.body))
+    assert post.headers["content-type"] == "application/json"
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("answer", [WHOLE, CHUNKED, EMPTY, LOUD, BIG], ids=["whole", "chunked", "empty", "loud", "big"])
+async def test_a_connection_that_carried_one_answer_is_used_again(answer: bytes) -> None:
+    with RawServer(saying(answer, answer, answer)) as server:
+        ways = connections(server)
+        for _ in range(3):
+            assert (await look(ways)).status_code == 200
+        await ways.aclose()
+    assert (server.connections, len(server.requests)) == (1, 3)
+
+
+@pytest.mark.anyio
+async def test_a_submit_s_is_not() -> None:
+    with RawServer(saying(WHOLE, WHOLE)) as server:
+        ways = connections(server, keep_alive=False)
+        for _ in range(2):
+            await look(ways)
+        await ways.aclose()
+    assert (server.connections, len(server.requests)) == (2, 2)
+
+
+@pytest.mark.anyio
+async def test_the_last_used_is_used_next() -> None:
+    """So that few stay open: what was needed once, for a moment, is left to expire."""
+    both = threading.Barrier(2)
+
+    def behave(connection: Connection) -> None:
+        connection.read()
+        both.wait(5)
+        saying_on(connection)
+
+    def saying_on(connection: Connection) -> None:
+        connection.send(WHOLE)
+        while True:
+            connection.read()
+            connection.send(WHOLE)
+
+    with RawServer(behave) as server:
+        ways = connections(server)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(look, ways)
+            tasks.start_soon(look, ways)
+        last = ways._idle[-1]
+        for _ in range(3):
+            await look(ways)
+            assert ways._idle[-1] is last
+        assert len(ways._idle) == 2
+        await ways.aclose()
+    assert (server.connections, len(server.requests)) == (2, 5)
+
+
+NOT_KEPT = {
+    "a byte more": WHOLE + b"\n",
+    "another answer": WHOLE + WHOLE,
+    "chunks, and another answer": CHUNKED + WHOLE,
+    "trailers": CHUNKED[:-2] + b"X-Sum: 1\r\n\r\n",
+    "hints before it": WITHOUT_END["early hints"],
+    "a last word": WHOLE.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"),
+    "an old version": WHOLE.replace(b"1.1", b"1.0"),
+    "lines that end otherwise": WHOLE.replace(b"\r\n", b"\n"),
+}
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("answer", NOT_KEPT.values(), ids=NOT_KEPT)
+async def test_a_connection_that_carried_anything_else_is_not(answer: bytes) -> None:
+    """M35: an answer too many would be taken for the answer to the next look."""
+    with RawServer(saying(answer), saying(WHOLE)) as server:
+        ways = connections(server)
+        assert (await look(ways)).body == b"hello"
+        assert not ways._idle
+        assert (await look(ways)).body == b"hello"
+        await ways.aclose()
+    assert (server.connections, len(server.requests)) == (2, 2)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("what", ["another answer", "a byte", "the end"])
+async def test_what_comes_while_it_is_idle_ends_its_use(what: str) -> None:
+    """M35: seen before the next request is written."""
+    idle = threading.Event()
+
+    def speak(connection: Connection) -> None:
+        idle.wait(5)
+        if what == "the end":
+            raise EOFError  # which closes it
+        connection.send(WHOLE if what == "another answer" else b"x")
+
+    with RawServer(saying(WHOLE, then=speak), saying(WHOLE)) as server:
+        ways = connections(server)
+        await look(ways)
+        [kept] = ways._idle
+        assert not kept.has_expired()
+        stream: Any = kept._connection._network_stream  # type: ignore[union-attr]  # httpcore does not show it
+        idle.set()
+        readable, _, _ = await anyio.to_thread.run_sync(select.select, [stream._socket], [], [], 5)
+        assert readable
+        assert (await look(ways)).body == b"hello"
+        assert ways._idle != [kept]
+        await ways.aclose()
+    assert (server.connections, len(server.requests)) == (2, 2)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("answer", [WHOLE, CHUNKED], ids=["whole", "chunked"])
+async def test_an_answer_that_breaks_off(answer: bytes) -> None:
+    """After each of its bytes: an error, what came before it, and a connection that is gone."""
+
+    def behave(connection: Connection) -> None:
+        connection.read()
+        connection.send(answer[: server.connections - 1])
+
+    with RawServer(behave) as server:
+        ways = connections(server)
+        for cut in range(len(answer)):
+            received = Received()
+            with pytest.raises(ways.errors):
+                await ways.exchange(build_look("a"), "Bearer x", received, None)
+            head = answer.index(b"\r\n\r\n") + 4
+            assert received.status_code == (200 if cut >= head else 0)
+            assert b"hello".startswith(bytes(received.body))
+            assert not ways._idle
+            assert not ways._busy
+        await ways.aclose()
+    assert server.connections == len(answer)
+
+
+@pytest.mark.anyio
+async def test_an_answer_without_an_end_is_not_read_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_connections, "MAX_ANSWER_BYTES", 1000)
+
+    def pour(connection: Connection) -> None:
+        connection.read()
+        connection.send(b"HTTP/1.1 200 OK\r\nContent-Length: 3000\r\n\r\n" + b"x" * 2000)
+        connection.hold()
+
+    with RawServer(pour) as server:
+        ways = connections(server)
+        received = await look(ways)
+        assert 1000 < len(received.body) <= 2000
+        assert not ways._idle
+        assert not ways._busy
+        await ways.aclose()
+
+
+@pytest.mark.anyio
+async def test_an_exchange_that_is_cancelled_leaves_nothing_behind() -> None:
+    """In the middle of a body, as a time limit would."""
+
+    def begin(connection: Connection) -> None:
+        connection.read()
+        connection.send(WHOLE[:-2])
+        connection.hold()
+
+    with RawServer(begin, saying(WHOLE)) as server:
+        ways = connections(server)
+        received = Received()
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(ways.exchange, build_look("a"), "Bearer x", received, None)
+            with anyio.fail_after(5):
+                while bytes(received.body) != b"hel":
+                    await anyio.wait_all_tasks_blocked()
+            tasks.cancel_scope.cancel()
+        assert not ways._idle
+        assert not ways._busy
+        assert (await look(ways)).body == b"hello"
+        await ways.aclose()
+
+
+@pytest.mark.anyio
+async def test_what_a_full_read_may_have_left_behind() -> None:
+    """On asyncio what is read from the socket beyond what was asked for lies in a queue that nobody can see."""
+    for size, kept in ((len(WHOLE), False), (len(WHOLE) + 1, True)):
+        with RawServer(saying(WHOLE if kept else WHOLE + b"x")) as server:
+            stream = await _connections._Backend().connect_tcp("127.0.0.1", server.port)
+            await stream.write(b"GET / HTTP/1.1\r\n\r\n")
+            assert await stream.read(size) == WHOLE
+            assert _connections._holds_nothing_more(stream) == kept
+            await stream.aclose()
+
+
+@pytest.mark.anyio
+async def test_a_connection_that_is_closed_before_its_first_byte() -> None:
+    """In the moment between the two: not sent, and in no words but ours."""
+
+    async def close(_: object) -> None:
+        await ways.aclose()
+
+    with RawServer(saying(WHOLE)) as server:
+        ways = connections(server)
+        made: Any = _connections._Backend.connect_tcp
+
+        async def connect(*args: Any, **kwargs: Any) -> Any:
+            stream = await made(*args, **kwargs)
+            tasks.start_soon(close, None)
+            return stream
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(_connections._Backend, "connect_tcp", connect)
+            async with anyio.create_task_group() as tasks:
+                with pytest.raises(ways.errors):
+                    await look(ways)
+        assert not ways._busy
+
+
+@pytest.mark.anyio
+async def test_nobody_there() -> None:
+    """Said in words that mean that nothing was sent."""
+    with RawServer(listening=False) as server, pytest.raises(httpcore.ConnectError):
+        await look(connections(server))
+
+
+@pytest.mark.anyio
+async def test_closing_ends_what_is_under_way() -> None:
+    def hold(connection: Connection) -> None:
+        connection.read()
+        connection.hold()
+
+    with RawServer(hold) as server:
+        ways = connections(server)
+        ended: list[Exception] = []
+
+        async def wait() -> None:
+            try:
+                await look(ways)
+            except ways.errors as error:
+                ended.append(error)
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(wait)
+            await anyio.to_thread.run_sync(server.asked.wait, 5)
+            await anyio.wait_all_tasks_blocked()
+            await ways.aclose()
+        assert len(ended) == 1
+        assert not ways._idle
+        assert not ways._busy
+
+
+@pytest.mark.anyio
+async def test_closing_while_tcp_is_agreed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is sent over it, and it is not left open."""
+    made = anyio.connect_tcp
+
+    async def connect(*args: Any, **kwargs: Any) -> Any:
+        stream = await made(*args, **kwargs)
+        await ways.aclose()
+        return stream
+
+    monkeypatch.setattr(anyio, "connect_tcp", connect)
+    with RawServer(saying(WHOLE)) as server:
+        ways = connections(server)
+        with pytest.raises(httpcore.ConnectError):
+            await look(ways)
+        assert not ways._idle
+        assert not ways._busy
+    assert server.requests == []
+
+
+@pytest.mark.anyio
+async def test_after_the_end_no_connection_is_made() -> None:
+    """For who had its turn before the end came, and comes to use it afterwards."""
+    with RawServer(saying(WHOLE)) as server:
+        ways = connections(server)
+        await ways.aclose()
+        with pytest.raises(httpcore.ConnectError):
+            await look(ways)
+    assert server.connections == 0
+
+
+@pytest.fixture(scope="module", name="authority")
+def _authority() -> trustme.CA:
+    return trustme.CA()
+
+
+@pytest.fixture(name="context")
+def _context(authority: trustme.CA) -> ssl.SSLContext:
+    context = ssl.create_default_context()
+    authority.configure_trust(context)
+    return context
+
+
+class Ciphered:
+    """A server's end of TLS, whose records leave when the test says so."""
+
+    def __init__(self, connection: Connection, authority: trustme.CA, *, asks: bool = False) -> None:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        authority.issue_cert("127.0.0.1").configure_cert(context)
+        if asks:
+            context.verify_mode = ssl.CERT_REQUIRED
+        self.connection = connection
+        self._in, self._out = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._tls = context.wrap_bio(self._in, self._out, server_side=True)
+
+    def shake(self) -> None:
+        self._through(self._tls.do_handshake)
+
+    def read(self) -> bytes:
+        """Read a request without a body."""
+        data = b""
+        while not data.endswith(b"\r\n\r\n"):
+            data += self._through(lambda: self._tls.read(65536))
+        return data
+
+    def records(self, *texts: bytes) -> bytes:
+        """One record for each text."""
+        for text in texts:
+            self._tls.write(text)
+        return self._out.read()
+
+    def _through(self, step: Callable[[], Any]) -> Any:
+        while True:
+            try:
+                done = step()
+            except ssl.SSLWantReadError:  # noqa: PERF203 - it is how a buffer asks for more
+                self.flush()
+                self._in.write(self.connection.read_some(65536) or self._end())
+            else:
+                self.flush()
+                return done
+
+    def flush(self) -> None:
+        if self._out.pending:
+            self.connection.send(self._out.read())
+
+    def _end(self) -> bytes:
+        raise EOFError
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("records", "kept"),
+    [((WHOLE,), True), ((WHOLE[:-2], b"lo"), True), ((WHOLE, WHOLE), False), ((WHOLE, b"x"), False)],
+    ids=["one answer", "one in two records", "two answers", "a byte more"],
+)
+async def test_what_lies_deciphered_behind_an_answer(
+    records: tuple[bytes, ...], kept: bool, authority: trustme.CA, context: ssl.SSLContext
+) -> None:
+    """M35: in a segment of its own record, where neither the answer's reader nor the socket shows it."""
+
+    def behave(connection: Connection) -> None:
+        tls = Ciphered(connection, authority)
+        tls.shake()
+        while True:
+            tls.read()
+            heard.append(server.connections)
+            connection.send(tls.records(*records))
+
+    heard: list[int] = []
+    with RawServer(behave) as server:
+        ways = connections(server, context=context)
+        for _ in range(2):
+            assert (await look(ways)).body == b"hello"
+            assert len(ways._idle) == kept
+        await ways.aclose()
+    assert heard == ([1, 1] if kept else [1, 2])
+
+
+@pytest.mark.anyio
+async def test_a_record_that_is_none(authority: trustme.CA, context: ssl.SSLContext) -> None:
+    """An error of the connection, as one that broke, and not one of OpenSSL's."""
+
+    def behave(connection: Connection) -> None:
+        tls = Ciphered(connection, authority)
+        tls.shake()
+        tls.read()
+        connection.send(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n")
+
+    with RawServer(behave) as server:
+        ways = connections(server, context=context)
+        with pytest.raises(httpcore.ReadError):
+            await look(ways)
+        assert not ways._busy
+        await ways.aclose()
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("direct", [True, False])
+async def test_a_client_s_certificate_that_was_asked_for(
+    direct: bool, authority: trustme.CA, context: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With TLS 1.3 that is said when the request has been sent: so nobody knows, and it is not sent again."""
+    if context.maximum_version is ssl.TLSVersion.TLSv1_2:
+        pytest.skip("TLS 1.3 only")
+    monkeypatch.setattr(_http, "ssl_context", lambda: context)
+    transport = None if direct else httpx.AsyncHTTPTransport(verify=context)
+
+    def behave(connection: Connection) -> None:
+        tls = Ciphered(connection, authority, asks=True)
+        try:
+            tls.shake()
+        except ssl.SSLError:
+            tls.flush()  # the alert
+            while connection.read_some(65536):
+                pass
+
+    with RawServer(behave) as server:
+        url = f"https://127.0.0.1:{server.port}/api/v1"
+        async with AsyncConceptViz(KEY, base_url=url, timeout=5.0, retries=QUICK, transport=transport) as cv:
+            with pytest.raises(SubmissionUnknownError):
+                await cv.submit("a")
+    assert server.connections == 1
+
+
+@pytest.mark.anyio
+async def test_closing_while_a_connection_is_made(authority: trustme.CA, context: ssl.SSLContext) -> None:
+    """Nothing is sent over it, and it is not left open."""
+    closed, asked = threading.Event(), threading.Event()
+    heard: list[bytes] = []
+
+    def behave(connection: Connection) -> None:
+        tls = Ciphered(connection, authority)
+        asked.set()
+        closed.wait(5)
+        tls.shake()
+        heard.append(tls.read())
+
+    with RawServer(behave) as server:
+        ways = connections(server, context=context)
+        ended: list[Exception] = []
+
+        async def connect() -> None:
+            try:
+                await look(ways)
+            except ways.errors as error:
+                ended.append(error)
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(connect)
+            await anyio.to_thread.run_sync(asked.wait, 5)
+            await ways.aclose()
+            closed.set()
+        [error] = ended
+        assert isinstance(error, httpcore.ConnectError)  # which means that nothing was sent
+        assert not ways._idle
+    assert heard == []
+
+
+def carrier(base_url: str = API, **options: Any) -> tuple[type, bool]:
+    """What a client's looks go through, and whether that says when it sends."""
+    cv = AsyncConceptViz(KEY, base_url=base_url, **options)
+
+    async def see() -> tuple[type, bool]:
+        line = cv._core.transport._line.get()
+        assert type(line.looks) is type(line.submits)
+        found = type(line.looks), line.looks.is_traced
+        await cv.aclose()
+        return found
+
+    return anyio.run(see)
+
+
+@pytest.fixture(autouse=True)
+def _no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.lower(), raising=False)
+
+
+DIRECT = (Connections, True)
+UNTRACED = (ThroughHttpx, False)
+
+
+@pytest.mark.parametrize("url", [API, "http://127.0.0.1:9/api/v1"])
+def test_by_itself_it_is_the_direct_one(url: str) -> None:
+    assert carrier(url) == DIRECT
+
+
+def test_a_transport_is_gone_through() -> None:
+    assert carrier(transport=httpx.MockTransport(lambda _: httpx.Response(200))) == UNTRACED
+    assert carrier(transport=httpx.AsyncHTTPTransport()) == (ThroughHttpx, True)
+
+
+class Special(httpx.AsyncHTTPTransport):
+    """Made of httpx's own: whether it passes the steps on nobody knows."""
+
+
+def test_a_transport_made_of_httpx_s_own() -> None:
+    assert carrier(transport=Special()) == UNTRACED
+
+
+@pytest.mark.skipif(sys.platform in {"darwin", "win32"}, reason="proxies are configured elsewhere too")
+@pytest.mark.parametrize("name", ["HTTPS_PROXY", "https_proxy", "ALL_PROXY", "HTTP_PROXY"])
+def test_where_a_proxy_may_be_configured_httpx_decides(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But not without TLS: that is this machine, and the proxy would be handed the key."""
+    monkeypatch.setenv(name, "http://127.0.0.1:9")
+    assert carrier() == (ThroughHttpx, True)
+    assert carrier("http://127.0.0.1:9/api/v1") == DIRECT
+    monkeypatch.setenv(name, "")
+    assert carrier() == DIRECT
+
+
+class Proxied:
+    """A wrapper that takes on the class and the module of what it wraps, as wrapt's do: OpenTelemetry's, for one."""
+
+    def __init__(self, wrapped: Any) -> None:
+        self._wrapped = wrapped
+        self.__module__ = wrapped.__module__
+
+    @property
+    def __class__(self) -> Any:
+        return type(self._wrapped)
+
+    @__class__.setter
+    def __class__(self, value: Any) -> None:
+        raise AttributeError
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._wrapped(*args, **kwargs)
+
+
+def plain(method: Any) -> Any:
+    """As pytest-httpx does it."""
+
+    async def replaced(self: Any, request: Any) -> Any:
+        return await method(self, request)
+
+    return replaced
+
+
+def wrapped(method: Any) -> Any:
+    return functools.wraps(method)(plain(method))
+
+
+@pytest.mark.parametrize("wrap", [plain, wrapped, Proxied])
+@pytest.mark.parametrize(
+    ("cls", "name"),
+    [
+        (httpx.AsyncHTTPTransport, "handle_async_request"),
+        (httpx.AsyncClient, "send"),
+        (httpx.AsyncClient, "_send_single_request"),
+        (httpx.AsyncClient, "_transport_for_url"),
+        (httpcore.AsyncConnectionPool, "handle_async_request"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.__name__,
+)
+def test_who_puts_himself_into_httpx_is_gone_through(
+    cls: Any, name: str, wrap: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cls, name, wrap(getattr(cls, name)))
+    assert carrier() == UNTRACED
+    assert carrier("http://127.0.0.1:9/api/v1") == UNTRACED
+    monkeypatch.undo()
+    assert carrier() == DIRECT
+
+
+def test_who_puts_a_class_of_his_own_in_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Watched(httpx.AsyncClient):
+        pass
+
+    monkeypatch.setattr(httpx, "AsyncClient", Watched)
+    assert carrier() == UNTRACED
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("using", ["httpx", "httpcore"])
+async def test_respx_is_asked_and_nobody_else(using: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever way it puts itself in: a test of a user's must not reach the service, and pay."""
+
+    async def connect(*_: Any, **__: Any) -> None:
+        raise AssertionError("a connection was made")
+
+    monkeypatch.setattr(anyio, "connect_tcp", connect)
+    with respx.mock(base_url=API, using=using) as mock:
+        mock.post("/generate").respond(200, json=RECEIPT)
+        mock.get(f"/task/{TASK}").respond(200, json=completed("a"))
+        async with AsyncConceptViz(KEY, base_url=API, retries=QUICK, polling=QUICK_POLLING) as cv:
+            assert (await cv.generate("a")).task_id == TASK
+        assert mock.calls.call_count >= 2
+
+
+IMPORTS = """
+import sys
+import anyio
+import conceptviz
+from conceptviz import AsyncConceptViz, ConceptViz
+
+def loaded():
+    return {"httpx", "httpcore"} & set(sys.modules)
+
+cv = AsyncConceptViz("cvk_x", base_url=sys.argv[1])
+ConceptViz("cvk_x", base_url=sys.argv[1])
+AsyncConceptViz("cvk_x")
+assert not loaded(), loaded()
+
+async def main():
+    async with cv:
+        await cv.submit("a")
+
+anyio.run(main)
+assert loaded() == {"httpcore"}, loaded()
+"""
+
+
+def test_neither_library_is_imported_by_making_a_client() -> None:
+    """And httpx not by a submit: to import it takes longer than all the rest."""
+    answer = b'{"taskId": "t-1"}'
+
+    def behave(connection: Connection) -> None:
+        connection.read()
+        connection.answer(answer)
+
+    with RawServer(behave) as server:
+        done = subprocess.run(
+            [sys.executable, "-c", IMPORTS, server.base_url], capture_output=True, text=True, timeout=30, check=False
+        )
+    assert done.stderr == ""
+    assert done.returncode == 0
