@@ -68,6 +68,7 @@ class Connections:
         ]
         self._idle: list[httpcore.AsyncHTTPConnection] = []
         self._busy: set[httpcore.AsyncHTTPConnection] = set()
+        self._is_closed = False
 
     async def exchange(self, call: ApiCall, authorization: str, received: Received, trace: Trace | None) -> None:
         """Send a request and read its answer, up to the size that an answer may have, into `received`.
@@ -99,7 +100,7 @@ class Connections:
             is_whole = is_whole and self._keep_alive and _holds_nothing_more(response.extensions.get("network_stream"))
         finally:
             self._busy.discard(connection)
-            if is_whole and connection.is_idle():
+            if is_whole and connection.is_idle() and not self._is_closed:
                 self._idle.append(connection)
             else:
                 with anyio.CancelScope(shield=True), anyio.move_on_after(1):
@@ -107,6 +108,7 @@ class Connections:
 
     async def aclose(self) -> None:
         """Close the connections; what is under way on them ends with an error."""
+        self._is_closed = True
         for connection in [*self._idle, *self._busy]:
             await connection.aclose()
         self._idle.clear()

@@ -298,6 +298,7 @@ class Transport:
         before_first_byte: Callable[[], Awaitable[None]] | None = None,
     ) -> Answer | _Unanswered:
         """Send one request and read its answer to the end, within the timeout."""
+        self._line.get()  # refuses if the client was closed while the caller waited for a turn or a slot
         steps: list[str] = []
         reason = ""
         never_sent = not carrier.is_traced

@@ -20,6 +20,7 @@ from conceptviz import (
     AsyncConceptViz,
     AuthenticationError,
     ConceptVizError,
+    InvalidRequestError,
     PollInterruptedError,
     Retries,
     _http,
@@ -398,6 +399,34 @@ async def test_a_cancelled_look_closes_its_connection() -> None:
     assert ended.is_set()
 
 
+async def test_closing_the_client_ends_what_is_under_way_and_what_waits() -> None:
+    """The one look with an error, and the one that waits for its turn before it is sent."""
+    outcomes: list[Exception] = []
+
+    def behave(connection: Connection) -> None:
+        connection.read()
+        connection.hold()
+
+    async def ask() -> None:
+        with pytest.raises(ConceptVizError) as caught:
+            await look(cv)
+        outcomes.append(caught.value)
+
+    with RawServer(behave, keeping(PENDING)) as server:
+        cv = client_of(server, max_connections=1)
+        async with anyio.create_task_group() as group:
+            group.start_soon(ask)
+            await to_thread.run_sync(server.asked.wait, 5)
+            group.start_soon(ask)
+            await anyio.wait_all_tasks_blocked()
+            connections = own(cv)
+            await cv.aclose()
+        assert [type(error) for error in outcomes] == [PollInterruptedError, InvalidRequestError]
+        assert "the connection broke" in str(outcomes[0])  # at once, rather than after its timeout
+        assert (connections._idle, connections._busy) == ([], set())
+        assert server.connections == 1
+
+
 async def test_closing_closes_the_idle_ones() -> None:
     ended = threading.Event()
 
@@ -414,6 +443,17 @@ async def test_closing_closes_the_idle_ones() -> None:
         assert kept.is_closed()
         await to_thread.run_sync(ended.wait, 5)
     assert ended.is_set()
+
+
+async def test_what_ends_after_the_closing_is_not_kept() -> None:
+    """A look whose connection was still being made, which nobody could close yet."""
+    with RawServer(keeping(PENDING)) as server:
+        connections = Connections(server.base_url, context=None, timeout=2.0, keep_alive=True)
+        await connections.aclose()
+        received = Received()
+        await connections.exchange(LOOK, "Bearer x", received, None)
+        assert received.status_code == 200
+        assert (connections._idle, connections._busy) == ([], set())
 
 
 # Which way is taken.
