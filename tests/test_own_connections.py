@@ -489,12 +489,14 @@ async def test_a_transport_of_the_callers_is_used(transport: Any, monkeypatch: p
         ("https_proxy", "http://127.0.0.1:9", ThroughHttpx),
         ("ALL_PROXY", "http://127.0.0.1:9", ThroughHttpx),
         ("HTTPS_PROXY", "", Connections),
+        ("NO_PROXY", "example.com", Connections),
+        ("no_proxy", "*", Connections),
     ],
 )
 async def test_proxies_of_the_environment(
     variable: str, value: str, way: type, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Only httpx knows them; for http none counts."""
+    """Only httpx knows them; who is excepted from them counts for nothing alone, and for http none counts."""
     without_proxies(monkeypatch)
     monkeypatch.setenv(variable, value)
     async with AsyncConceptViz(KEY) as cv:
