@@ -102,7 +102,7 @@ class Connections:
             is_whole = is_whole and self._keep_alive and _holds_nothing_more(response.extensions.get("network_stream"))
         finally:
             self._busy.discard(connection)
-            if is_whole and connection.is_idle():
+            if is_whole and connection.is_idle() and not self._backend.is_closed:
                 self._idle.append(connection)
             else:
                 with anyio.CancelScope(shield=True), anyio.move_on_after(1):

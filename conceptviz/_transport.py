@@ -305,6 +305,7 @@ class Transport:
         before_first_byte: Callable[[], Awaitable[None]] | None = None,
     ) -> Answer | _Unanswered:
         """Send one request and read its answer to the end, within the timeout."""
+        self._line.get()  # refuses if the client was closed while the caller waited for a turn or a slot
         steps: list[str] = []
         reason = ""
         never_sent = not carrier.is_traced
@@ -372,12 +373,13 @@ def _may_go_direct(is_httpx_changed: bool, tls: bool) -> bool:
 
 
 def _may_have_proxy() -> bool:
-    """Say whether a proxy may be configured; httpx knows for which hosts."""
+    """Say whether a proxy may be configured; httpx knows for which hosts. Exceptions alone are none."""
     if sys.platform in {"darwin", "win32"}:
         from urllib.request import getproxies
 
-        return bool(getproxies())
-    return any(value and name.lower().endswith("_proxy") for name, value in os.environ.items())
+        return bool(getproxies().keys() - {"no"})
+    given = {name.lower() for name, value in os.environ.items() if value}
+    return any(name.endswith("_proxy") for name in given - {"no_proxy"})
 
 
 def _decoded(body: bytes, encoding: str) -> bytes:
