@@ -37,6 +37,7 @@ from ._outcomes import no_image, not_submitted, outcomes_of
 from ._policy import ends_submitting, is_divisible
 from ._poller import Board, Looks, Signal, kind_of
 from ._requests import EditRequest
+from ._spec import EDIT_PATH, GENERATE_PATH
 from ._submits import Paid
 from ._uploads import build_edit_call
 
@@ -162,9 +163,11 @@ class Run:
         """Name the tasks that are paid for and not waited for any more: none is lost in silence."""
         for flight in self._flights:
             flight.looks.leave()
+        # What is ready can be taken still, unless the run was left; what is out of order waits for what never comes.
+        untaken = [*(self._ready if self._is_left else ()), *self._early.values()]
         ids = {flight.looks.task_id for flight in self._flights}
-        ids |= {outcome.task_id for outcome in (*self._ready, *self._early.values()) if outcome.task_id}
-        if self._is_left and ids:
+        ids |= {outcome.task_id for outcome in untaken if outcome.task_id}
+        if ids:
             logger.warning(
                 "Left %d tasks whose outcomes nobody took. They are paid for and go on at the service; %s",
                 len(ids),
@@ -259,6 +262,7 @@ class Run:
 
     async def _submit(self, batch: Batch) -> None:
         request = batch.request
+        endpoint = EDIT_PATH if isinstance(request, EditRequest) else GENERATE_PATH
         try:
             if isinstance(request, EditRequest):
                 call = await build_edit_call(request)
@@ -278,7 +282,7 @@ class Run:
         looks = self._core.poller.looks(
             paid.submission.task_id,
             request.prompts,
-            kind=kind_of(call.path, paid.submission),
+            kind=kind_of(endpoint, paid.submission),
             accepted_at=now if paid.is_new else None,
             started=now,
             timeout=self._options.timeout,

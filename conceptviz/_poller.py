@@ -49,9 +49,8 @@ class Poller:
     schedule: Schedule = field(init=False)
     waiting: int = field(default=0, init=False)
 
-    @schedule.default
-    def _new_schedule(self) -> Schedule:
-        return Schedule(self.polling, self.rng)
+    def __attrs_post_init__(self) -> None:
+        self.schedule = Schedule(self.polling, self.rng)
 
     def looks(
         self,
@@ -296,6 +295,7 @@ class Waiting(Protocol):
     @property
     def looks(self) -> Looks:
         """The looks at it."""
+        ...
 
 
 W = TypeVar("W", bound=Waiting)

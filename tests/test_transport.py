@@ -657,7 +657,7 @@ class Wrapper:
         self.__module__ = wrapped.__module__
 
     @property  # type: ignore[misc]  # as wrapt has it
-    def __class__(self) -> Any:
+    def __class__(self) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         return type(self.wrapped)
 
     def __get__(self, instance: Any, owner: Any) -> Any:
