@@ -176,8 +176,8 @@ class _Submit:
 
     @property
     def is_held(self) -> bool:
-        """Whether it must not be broken off."""
-        return self._stake.is_held
+        """Whether it must not be broken off: whoever was interrupted in waiting for it sees to that himself."""
+        return self._stake.is_held and not self._stake.is_stopped
 
     async def run(self, stake: Stake) -> Paid:
         """Submit, again and again where that is safe, until it is paid, refused or unknown, or is to stop."""

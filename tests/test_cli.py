@@ -677,7 +677,7 @@ def test_a_second_ctrl_c_does_not_wait(served: Simulator) -> None:
     process.send_signal(signal.SIGINT)
     assert process.stderr.readline().startswith("Waiting for the answer")
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=20)
+    _, err = process.communicate(timeout=9)  # less than a submit under way is given
     assert process.returncode == 130
     stopped = "Stopped before the service had answered: the request may have been accepted and charged."
     assert err == f"{stopped} What is known of it:\n  conceptviz journal list\n"

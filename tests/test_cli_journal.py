@@ -668,7 +668,7 @@ def test_what_a_dead_command_left_is_unknown(end: str, served: Simulator, capsys
         process.send_signal(signal.SIGINT)
         assert process.stderr.readline().startswith("Waiting for the answer")
         process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=20)
+    _, err = process.communicate(timeout=9)
     assert main(["journal", "list"] if end == "killed" else advised(err)) == 0
     out, err = capsys.readouterr()
     assert out.split("\t")[1] == "unknown"

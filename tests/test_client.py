@@ -4,6 +4,7 @@ import copy
 import json
 import logging
 import pickle
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,6 +33,7 @@ from raw_server import Connection, RawServer
 
 from conceptviz import (
     AsyncConceptViz,
+    AsyncTask,
     ConceptVizError,
     Credits,
     Differed,
@@ -471,6 +473,40 @@ async def test_a_client_can_be_closed_while_it_is_used() -> None:
                 group.start_soon(look)
                 await anyio.to_thread.run_sync(server.asked.wait, 5)
                 await cv.aclose()
+
+
+async def test_closing_waits_for_the_answer_to_a_submit() -> None:
+    """Its id would be lost with the connection."""
+    closing = threading.Event()
+
+    def answer_late(connection: Connection) -> None:
+        connection.read()
+        closing.wait(5)
+        connection.answer(json.dumps(RECEIPT).encode())
+
+    tasks: list[AsyncTask] = []
+
+    async def submit(cv: AsyncConceptViz) -> None:
+        tasks.append(await cv.submit("a"))
+
+    with RawServer(answer_late) as server:
+        cv = AsyncConceptViz(KEY, base_url=server.base_url, retries=QUICK)
+        with anyio.fail_after(5):
+            async with anyio.create_task_group() as group:
+                group.start_soon(submit, cv)
+                await anyio.to_thread.run_sync(server.asked.wait, 5)
+                group.start_soon(cv.aclose)
+                await anyio.wait_all_tasks_blocked()
+                closing.set()
+    assert [task.id for task in tasks] == [TASK]
+
+
+async def test_a_hook_may_close_its_client() -> None:
+    """It does not wait for the submit that it was told of."""
+    cv, script = client(RECEIPT, on_event=lambda _: cv.aclose())
+    with anyio.fail_after(5):
+        assert (await cv.submit("a")).id == TASK
+    assert script.count == 1
 
 
 def test_making_a_client_does_no_io_and_takes_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
