@@ -503,7 +503,9 @@ async def test_closing_waits_for_the_answer_to_a_submit() -> None:
 
 async def test_a_hook_may_close_its_client() -> None:
     """It does not wait for the submit that it was told of."""
-    cv, script = client(RECEIPT, on_event=lambda _: cv.aclose())
+    clients: list[AsyncConceptViz] = []
+    cv, script = client(RECEIPT, on_event=lambda _: clients[0].aclose())
+    clients.append(cv)
     with anyio.fail_after(5):
         assert (await cv.submit("a")).id == TASK
     assert script.count == 1
