@@ -52,7 +52,7 @@ GUARDS = {
     "_database": ["test_database", "test_mutants", "test_journal", "test_journal_processes"],
     "_journal": ["test_journal", "test_mutants", "test_submits"],
     "_submits": ["test_submits", "test_mutants", "test_cancellation", "test_client"],
-    "_transport": ["test_transport", "test_mutants", "test_submits", "test_own_connections"],
+    "_transport": ["test_transport", "test_mutants", "test_submits", "test_own_connections", "test_connections"],
     "_connections": ["test_own_connections", "test_connections"],
     "_exchange": ["test_exchange", "test_own_connections"],
     "_pace": ["test_pace"],
