@@ -9,7 +9,7 @@ import math
 import struct
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import combinations
 from pathlib import Path
@@ -401,10 +401,13 @@ def test_an_input_may_have_any_web_format(recorder: Recorder, name: str) -> None
     assert "image at URL" not in recorder.texts
 
 
-@pytest.mark.parametrize("data", [b"", b"<html>", solid("red")[:60], solid("red", (9000, 8000))])
-def test_an_input_that_cannot_be_shown_gets_a_card(recorder: Recorder, data: bytes) -> None:
-    """Known by URL only, not a picture, cut short, or too large to decode for a thumbnail."""
-    draw("x", inputs=[data])
+@pytest.mark.parametrize(
+    "data",
+    [lambda: b"", lambda: b"<html>", lambda: solid("red")[:60], lambda: solid("red", (9000, 8000))],
+    ids=["known by URL only", "not a picture", "cut short", "too large to decode for a thumbnail"],
+)
+def test_an_input_that_cannot_be_shown_gets_a_card(recorder: Recorder, data: Callable[[], bytes]) -> None:
+    draw("x", inputs=[data()])
     assert "image at URL" in recorder.texts
 
 
