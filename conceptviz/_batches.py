@@ -6,7 +6,7 @@ money, what becomes of a batch (`_fanout`).
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -174,8 +174,15 @@ async def draw(items: Items) -> AsyncGenerator[object, None]:
                 await close()
 
 
-class DrawnInThread(AsyncIterator[Item]):
-    """An iterable whose items are drawn in worker threads, for one that may block, or call a blocking client itself."""
+def in_threads(items: Items) -> Items:
+    """Have the items drawn in worker threads, if they come one by one: that may block, and every other call with it."""
+    if isinstance(items, Sequence | AsyncIterable) or not isinstance(items, Iterable):
+        return items
+    return _DrawnInThreads(items)
+
+
+class _DrawnInThreads(AsyncIterator[Item]):
+    """An iterable that may block, or call a blocking client itself."""
 
     def __init__(self, items: Iterable[Item]) -> None:
         self._iterator: Iterator[Item] = iter(items)

@@ -17,7 +17,6 @@ import anyio
 
 from ._calls import ApiCall, build_generate, check_task_id
 from ._core import Core
-from ._events import Saved
 from ._models import Image, Outcome, Polling, Result, Retries, Submission, TaskState
 from ._poller import kind_of
 from ._spec import AspectRatio, Model, Quality
@@ -444,5 +443,5 @@ class AsyncConceptViz:
 
     async def _save(self, image: Image, folder: Path, overwrite: bool) -> Path:
         path = await self._core.downloads.save(image, folder, overwrite=overwrite)
-        await self._core.emit(Saved(task_id=image.task_id, image=image, path=path))
+        await self._core.announce_saved(image, path)
         return path

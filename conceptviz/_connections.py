@@ -18,7 +18,6 @@ from urllib.parse import urlsplit
 import anyio
 import httpcore
 from anyio.abc import ByteStream, SocketAttribute
-from anyio.streams.tls import TLSAttribute, TLSStream
 
 from ._calls import ApiCall
 from ._exchange import USER_AGENT, Pieces, Received, Trace, finish
@@ -179,11 +178,11 @@ class _Tap(httpcore.AsyncNetworkStream):
     Its reads and writes have no time limits of their own: the whole exchange has one.
     """
 
-    def __init__(self, stream: ByteStream, backend: _Backend) -> None:
+    def __init__(self, stream: ByteStream, backend: _Backend, tls: ssl.SSLObject | None = None) -> None:
         self._stream = stream
         self._backend = backend
         self._socket = stream.extra(SocketAttribute.raw_socket)  # noqa: S610 - anyio's, not Django's
-        self.tls: ssl.SSLObject | None = stream.extra(TLSAttribute.ssl_object, None)  # noqa: S610
+        self.tls = tls
         self.came = bytearray()
         self.is_full = False
 
@@ -214,6 +213,8 @@ class _Tap(httpcore.AsyncNetworkStream):
     async def start_tls(
         self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
     ) -> httpcore.AsyncNetworkStream:
+        from anyio.streams.tls import TLSAttribute, TLSStream  # loaded by those who speak it
+
         try:
             with _connecting(timeout):
                 stream = await TLSStream.wrap(
@@ -224,7 +225,7 @@ class _Tap(httpcore.AsyncNetworkStream):
                     server_side=False,
                 )
             self._backend.check()
-            return _Tap(stream, self._backend)
+            return _Tap(stream, self._backend, stream.extra(TLSAttribute.ssl_object))  # noqa: S610
         except BaseException:
             with anyio.CancelScope(shield=True), anyio.move_on_after(1):
                 await self.aclose()

@@ -9,6 +9,7 @@ import inspect
 import os
 from collections.abc import Callable
 from functools import cached_property
+from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Protocol
 from urllib.parse import urlsplit
@@ -19,8 +20,7 @@ from anyio import to_thread
 from ._budget import Budget, resolve_budget
 from ._config import check_limits, is_loopback, resolve_api_key, resolve_base_url
 from ._errors import InvalidRequestError
-from ._events import Event, EventHook
-from ._models import Polling, Retries
+from ._models import Image, Polling, Retries
 from ._poller import Poller
 from ._transport import Transport
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import httpx
 
     from ._downloads import Downloads
+    from ._events import Event, EventHook
     from ._journal import Journal
     from ._submits import Submits
 
@@ -69,6 +70,7 @@ class Core:
         self._max_connections = max_connections
         self._given = transport
         self._on_event = on_event
+        emit = self.emit if on_event is not None else None
         self._rng = Random()  # noqa: S311 - it spreads pauses, and guards nothing
         secret = resolve_api_key(api_key)
         self.transport = Transport(
@@ -78,7 +80,7 @@ class Core:
             retries=retries,
             max_connections=max_connections,
             transport=transport,
-            emit=self.emit,
+            emit=emit,
             rng=self._rng,
         )
         self.journal = None
@@ -89,7 +91,7 @@ class Core:
         self._owns_journal = self.journal is not journal
         self._budget = resolve_budget(budget)
         self._account = secret.fingerprint()
-        self.poller = Poller(self.transport, polling, retries, self.emit, self._rng)
+        self.poller = Poller(self.transport, polling, retries, emit, self._rng)
         self.background: set[Background] = set()
         self._is_closed = False
 
@@ -146,6 +148,13 @@ class Core:
     def has_hook(self) -> bool:
         """Whether anybody hears of events."""
         return self._on_event is not None
+
+    async def announce_saved(self, image: Image, path: Path) -> None:
+        """Tell the hook that an image lies on disk."""
+        if self._on_event is not None:
+            from ._events import Saved  # events are loaded by those who listen
+
+            await self.emit(Saved(task_id=image.task_id, image=image, path=path))
 
     async def emit(self, event: Event) -> None:
         """Tell the hook; an awaitable that it returns is awaited."""

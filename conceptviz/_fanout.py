@@ -31,7 +31,6 @@ from ._errors import (
     NotSentError,
     PlanLimitExceededError,
 )
-from ._events import Saved
 from ._models import Outcome, Result, Submission, TaskState
 from ._outcomes import no_image, not_submitted, outcomes_of
 from ._policy import ends_submitting, is_divisible
@@ -339,7 +338,7 @@ class Run:
                     outcome = evolve(outcome, error=error)
                 else:
                     outcome = evolve(outcome, path=path)
-                    await self._core.emit(Saved(task_id=image.task_id, image=image, path=path))
+                    await self._core.announce_saved(image, path)
             results.append(outcome)
         self._land(flight, results)
 

@@ -12,19 +12,21 @@ import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Hashable
 from heapq import heappop, heappush
 from random import Random
-from typing import Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 import anyio
 import anyio.abc
 from attrs import define, field
 
 from ._errors import ConceptVizError, Credits, PollInterruptedError, ServerError, WaitTimeoutError
-from ._events import Completed, Event, Failed, Polled, Retrying
 from ._models import Polling, Result, Retries, Submission, TaskState
 from ._policy import Watch, pause_after_look
 from ._schedule import Durations, Schedule, seen_duration
 from ._transport import Transport
 from ._wire import build_result, failed_state
+
+if TYPE_CHECKING:
+    from ._events import Event
 
 
 @define(eq=False)
@@ -35,7 +37,7 @@ class Poller:
         transport: The API.
         polling: How tasks are waited for.
         retries: How often what is safe to repeat is repeated.
-        emit: Called with each event.
+        emit: Called with each event, or None if nobody listens.
         rng: The randomness of the pauses.
         schedule: When to look, learnt from the tasks before.
         waiting: How many tasks are waited for.
@@ -44,7 +46,7 @@ class Poller:
     transport: Transport
     polling: Polling
     retries: Retries
-    emit: Callable[[Event], Awaitable[None]]
+    emit: Callable[[Event], Awaitable[None]] | None
     rng: Random
     schedule: Schedule = field(init=False)
     waiting: int = field(default=0, init=False)
@@ -96,6 +98,10 @@ class Poller:
         Raises:
             ConceptVizError: It ended as failed.
         """
+        if self.emit is None:
+            return build_result(end, submission)
+        from ._events import Completed, Failed  # events are loaded by those who listen
+
         try:
             result = build_result(end, submission)
         except ConceptVizError as error:
@@ -235,13 +241,18 @@ class Looks(AsyncIterator[TaskState]):
             age = now - self.started_at if self.watch.is_ours else math.inf
             regular = poller.schedule.next_look(self.durations, age, poller.waiting)
             self.next_at = now + pause_after_look(self.watch, self._error, regular, poller.retries, poller.rng)
-        if state is not None:
-            await poller.emit(Polled(task_id=self.task_id, state=state, elapsed=now - self.started_at))
-        elif self._error is not None:
-            await poller.emit(
-                Retrying(task_id=self.task_id, attempt=self.watch.failures, delay=self.next_at - now, error=self._error)
-            )
+        if poller.emit is not None:
+            await self._tell(poller.emit, state, now)
         return state
+
+    async def _tell(self, emit: Callable[[Event], Awaitable[None]], state: TaskState | None, now: float) -> None:
+        from ._events import Polled, Retrying  # events are loaded by those who listen
+
+        if state is not None:
+            await emit(Polled(task_id=self.task_id, state=state, elapsed=now - self.started_at))
+        elif self._error is not None:
+            pause = self.next_at - now
+            await emit(Retrying(task_id=self.task_id, attempt=self.watch.failures, delay=pause, error=self._error))
 
     def _timed_out(self) -> WaitTimeoutError:
         last = self._seen

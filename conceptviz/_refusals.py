@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from email.utils import parsedate_to_datetime
 
 from ._errors import (
     APIStatusError,
@@ -111,6 +110,10 @@ def parse_retry_after(headers: Mapping[str, str]) -> float | None:
     value = headers.get("retry-after", "").strip()
     if re.fullmatch(r"[0-9]+(\.[0-9]+)?", value, re.ASCII):
         return min(float(value), _LONGEST_PAUSE)
+    if not value:
+        return None
+    from email.utils import parsedate_to_datetime  # hardly any service sends a date
+
     try:
         seconds = (parsedate_to_datetime(value) - parsedate_to_datetime(headers["date"])).total_seconds()
     except (ValueError, TypeError, KeyError, IndexError, OverflowError):

@@ -8,20 +8,16 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import AsyncIterable, Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, overload
 
-from ._batches import DrawnInThread, Items
 from ._blocking import Blocking
 from ._budget import Budget, resolve_budget
 from ._client import AsyncConceptViz
 from ._config import resolve_api_key, resolve_base_url
-from ._events import EventHook
-from ._journal import Journal
 from ._models import Image, Outcome, Polling, Result, Retries
-from ._requests import ImageInput, Prompts
 from ._spec import AspectRatio, Model, Quality
 from ._sync_task import Task
 from ._task import AsyncTask
@@ -31,6 +27,11 @@ if TYPE_CHECKING:
 
     import httpx
     from typing_extensions import Self
+
+    from ._batches import Items
+    from ._events import EventHook
+    from ._journal import Journal
+    from ._requests import ImageInput, Prompts
 
 logger = logging.getLogger("conceptviz")
 
@@ -346,11 +347,11 @@ class ConceptViz:
 
         Source: "Generate Diagrams", "Edit Images", "Limits".
         """
-        if not isinstance(items, Sequence | AsyncIterable) and isinstance(items, Iterable):
-            items = DrawnInThread(items)  # it may block, and every other call with it
+        from ._batches import in_threads
+
         make = partial(
             AsyncConceptViz.generate_many,
-            items=items,
+            items=in_threads(items),
             batch_size=batch_size,
             max_in_flight=max_in_flight,
             ordered=ordered,
@@ -445,6 +446,4 @@ def _note_lost(value: object) -> None:
     """Name the task of a call that was interrupted in the moment it was done: paid work is never lost in silence."""
     task_id = value.id if isinstance(value, AsyncTask) else getattr(value, "task_id", None)
     if task_id is not None:
-        logger.warning(
-            "Interrupted as the call on task %s was done. Take it up with task(%r).wait().", task_id, task_id
-        )
+        logger.warning("Interrupted as the call on %s was done. Take it up with task(%r).wait().", task_id, task_id)

@@ -28,7 +28,6 @@ from . import _calls, _wire
 from ._calls import ApiCall
 from ._config import Secret
 from ._errors import ConceptVizError, Credits, NotSentError, PollInterruptedError, ServerError
-from ._events import Event, Retrying
 from ._exchange import Carrier, Kind, LoopBound, Received, Turns, is_httpx_changed, share_of
 from ._json import MAX_ANSWER_BYTES
 from ._models import Retries, Submission, TaskState
@@ -40,6 +39,7 @@ from ._wire import Answer
 if TYPE_CHECKING:
     import httpx
 
+    from ._events import Event
     from ._requests import EditRequest, GenerateRequest
 
 # The step that a transport reports before it writes a request's head.
@@ -109,7 +109,7 @@ class Transport:
         retries: How often what is safe to repeat is repeated.
         max_connections: How many connections, and so requests at a time, there may be.
         transport: The caller's own httpx transport, or None.
-        emit: Called with each event.
+        emit: Called with each event, or None if nobody listens.
         rng: The randomness of the pauses.
     """
 
@@ -122,7 +122,7 @@ class Transport:
         retries: Retries,
         max_connections: int,
         transport: httpx.AsyncBaseTransport | None,
-        emit: Callable[[Event], Awaitable[None]],
+        emit: Callable[[Event], Awaitable[None]] | None,
         rng: Random,
     ) -> None:
         self._key = api_key
@@ -279,7 +279,10 @@ class Transport:
             except ConceptVizError as error:
                 delay = retry_delay(error, number, self._retries, self._rng, spends=False)
                 if delay is not None:
-                    await self._emit(Retrying(task_id=task_id, attempt=number, delay=delay, error=error))
+                    if self._emit is not None:
+                        from ._events import Retrying  # events are loaded by those who listen
+
+                        await self._emit(Retrying(task_id=task_id, attempt=number, delay=delay, error=error))
                 elif isinstance(error, ServerError):
                     status = error.status_code
                     break

@@ -25,7 +25,7 @@ from conceptviz import (
     Result,
     ServerError,
 )
-from conceptviz._batches import Batch, DrawnInThread, Options, as_batch, check_items, draw
+from conceptviz._batches import Batch, Options, as_batch, check_items, draw, in_threads
 from conceptviz._outcomes import no_image, not_submitted, outcomes_of
 
 PNG = b"\x89PNG"
@@ -344,7 +344,8 @@ async def test_what_may_block_is_drawn_in_other_threads() -> None:
         assert go_on.wait(10)
         yield "b"
 
-    items = DrawnInThread(source())
+    items = in_threads(source())
+    assert isinstance(items, AsyncIterator)
     assert await anext(items) == "a"
     drawn = []
 
@@ -367,13 +368,13 @@ async def test_what_a_source_raises_in_a_thread_comes_through() -> None:
         yield "a"
         raise ZeroDivisionError
 
-    items = DrawnInThread(source())
+    items = in_threads(source())
+    assert isinstance(items, AsyncIterator)
     assert await anext(items) == "a"
     with pytest.raises(ZeroDivisionError):
         await anext(items)
 
 
-@pytest.mark.parametrize("items", [5, None])
-def test_a_thread_draws_from_iterables_alone(items: Any) -> None:
-    with pytest.raises(TypeError):
-        DrawnInThread(items)
+@pytest.mark.parametrize("items", [["a"], ("a",), "a", draw(["a"]), 5, None])
+def test_what_does_not_come_one_by_one_is_drawn_as_it_is(items: Any) -> None:
+    assert in_threads(items) is items
