@@ -25,9 +25,9 @@ from anyio import to_thread
 from ._config import is_loopback, is_private
 from ._errors import ConceptVizError, DownloadError
 from ._events import Event, Retrying
-from ._exchange import LoopBound
+from ._exchange import LoopBound, may_go_direct
 from ._files import TakenError, create, file_stem, find_saved, publish, rewind, sync
-from ._http import EXCHANGE_ERRORS, open_http_client, reading
+from ._http import EXCHANGE_ERRORS, LargeReads, open_http_client, reading
 from ._images import HEAD_BYTES, TAIL_BYTES, ends_properly, sniff
 from ._models import Image, Retries, TaskState
 from ._policy import retry_delay
@@ -44,8 +44,8 @@ MAX_IMAGE_BYTES = 64 * 2**20
 MAX_REDIRECTS = 3
 # A stalled download ends after the client's timeout; one that moves may take this many times longer.
 PATIENCE = 10.0
-# Read or written at a time: large enough to cost few calls, small enough to hold one while the next arrives.
-_BLOCK = 512 * 1024
+# Written at a time: large enough to cost few calls, small enough to hold two of them while the next one arrives.
+_BLOCK = 256 * 1024
 _EXPIRED = frozenset({403, 404, 410})
 
 
@@ -78,8 +78,8 @@ class _Sink:
         self._hash = hashlib.sha256()
         self._parts: list[bytes] = []
         self._held = 0
-        self._blocks: queue.SimpleQueue[list[bytes]] = queue.SimpleQueue()
-        self._written = threading.Semaphore(1)
+        self._blocks: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        self._written = threading.Semaphore(2)
         self._failure: Exception | None = None
         self.size = 0
         self.head = b""
@@ -96,8 +96,8 @@ class _Sink:
     ) -> None:
         if self._file is not None:
             if exc is None:
-                self._blocks.put(self._parts)
-            self._blocks.put([])
+                self._blocks.put(self.content)
+            self._blocks.put(b"")
             # The file may only be closed, or begun anew, when nobody writes to it any more.
             with anyio.CancelScope(shield=True):
                 await to_thread.run_sync(self._thread.join)
@@ -122,7 +122,7 @@ class _Sink:
                 raise self._failure
             if not self._written.acquire(blocking=False):
                 await to_thread.run_sync(self._written.acquire)
-            self._blocks.put(self._parts)
+            self._blocks.put(self.content)
             self._parts, self._held = [], 0
 
     def _write(self, file: IO[bytes]) -> None:
@@ -130,9 +130,10 @@ class _Sink:
         while block := self._blocks.get():
             if self._failure is None:
                 try:
-                    file.write(b"".join(block))
+                    file.write(block)
                 except Exception as error:  # noqa: BLE001 - raised where it is waited for
                     self._failure = error
+            block = b""  # written, and not held until the next one
             self._written.release()
 
     @property
@@ -178,9 +179,11 @@ class Downloads:
         self._rng = rng
 
         def open_client() -> _Client:
-            client = open_http_client(
-                transport, timeout=timeout, max_connections=max_connections, proxies=not allow_loopback
-            )
+            proxies = not allow_loopback
+            way = transport
+            if way is None and may_go_direct(tls=proxies):
+                way = LargeReads(max_connections)
+            client = open_http_client(way, timeout=timeout, max_connections=max_connections, proxies=proxies)
             return client, anyio.CapacityLimiter(max_connections)
 
         async def close(opened: _Client) -> None:

@@ -7,6 +7,7 @@ money or time.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -201,6 +202,21 @@ async def finish(chunks: AsyncIterator[bytes], errors: tuple[type[Exception], ..
         scope.cancel()
         for _ in range(1000):
             await anext(chunks)
+
+
+def may_go_direct(*, tls: bool) -> bool:
+    """Say whether nothing may stand before a service that only httpx knows: an instrumentation, or a proxy."""
+    return not is_httpx_changed() and not (tls and _may_have_proxy())
+
+
+def _may_have_proxy() -> bool:
+    """Say whether a proxy may be configured; httpx knows for which hosts. Exceptions alone are none."""
+    if sys.platform in {"darwin", "win32"}:
+        from urllib.request import getproxies
+
+        return bool(getproxies().keys() - {"no"})
+    given = {name.lower() for name, value in os.environ.items() if value}
+    return any(name.endswith("_proxy") for name in given - {"no_proxy"})
 
 
 def is_httpx_changed() -> bool:

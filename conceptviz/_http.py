@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import functools
 import ssl
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import Any
 
 import anyio
 import anyio.lowlevel
+import httpcore
 import httpx
 
 from ._calls import ApiCall
@@ -23,7 +24,19 @@ from ._json import MAX_ANSWER_BYTES
 
 # What httpx raises for an exchange that fails. Two are for a Location that it cannot read: it reads each, though it is
 # told to follow none, and lets the errors of its IDNA library through; as it does with what OpenSSL says of a record.
-EXCHANGE_ERRORS = (httpx.HTTPError, httpx.StreamError, httpx.InvalidURL, UnicodeError, ssl.SSLError)
+EXCHANGE_ERRORS = (
+    httpx.HTTPError,
+    httpx.StreamError,
+    httpx.InvalidURL,
+    UnicodeError,
+    ssl.SSLError,
+    httpcore.TimeoutException,
+    httpcore.NetworkError,
+    httpcore.ProtocolError,
+    httpcore.UnsupportedProtocol,
+)
+# asyncio receives this much at once. httpcore asks for a quarter, and each time what is left over is copied.
+_READ = 256 * 1024
 
 
 @functools.cache
@@ -65,6 +78,98 @@ def open_http_client(
         trust_env=proxies,
         verify=ssl_context() if tls and transport is None else False,
     )
+
+
+class LargeReads(httpx.AsyncBaseTransport):
+    """httpx's own transport but for what is read at a time: large bodies cost half.
+
+    It must not stand where httpx's own is looked for: it knows no proxy, and nothing that was put into httpx.
+
+    Args:
+        max_connections: How many connections it may open, and keep.
+    """
+
+    def __init__(self, max_connections: int) -> None:
+        self._pool = httpcore.AsyncConnectionPool(
+            ssl_context=ssl_context(),
+            max_connections=max_connections,
+            max_keepalive_connections=max_connections,
+            keepalive_expiry=httpx.Limits().keepalive_expiry,
+            network_backend=_Backend(),
+        )
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        """Send a request through the pool.
+
+        Raises:
+            Exception: One of `EXCHANGE_ERRORS`.
+        """
+        url, asked = request.url, request.extensions
+        target = httpcore.URL(scheme=url.raw_scheme, host=url.raw_host, port=url.port, target=url.raw_path)
+        sent = httpcore.Request(request.method, target, headers=request.headers.raw, extensions=asked)
+        answer = await self._pool.handle_async_request(sent)
+        return httpx.Response(
+            answer.status, headers=answer.headers, stream=_Body(answer), extensions=dict(answer.extensions)
+        )
+
+    async def aclose(self) -> None:
+        """Close the connections."""
+        await self._pool.aclose()
+
+
+class _Body(httpx.AsyncByteStream):
+    """An answer's body, as httpx takes it."""
+
+    def __init__(self, answer: httpcore.Response) -> None:
+        self._answer = answer
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return aiter(self._answer.aiter_stream())
+
+    async def aclose(self) -> None:
+        await self._answer.aclose()
+
+
+class _Backend(httpcore.AsyncNetworkBackend):
+    """httpcore's way to the network through anyio."""
+
+    def __init__(self) -> None:
+        self._anyio = httpcore.AnyIOBackend()
+
+    async def connect_tcp(
+        self,
+        host: str,
+        port: int,
+        timeout: float | None = None,
+        local_address: str | None = None,
+        socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
+    ) -> httpcore.AsyncNetworkStream:
+        return _Stream(await self._anyio.connect_tcp(host, port, timeout, local_address, socket_options))
+
+
+class _Stream(httpcore.AsyncNetworkStream):
+    """A stream that is read in large pieces, whatever is asked for: httpcore takes what comes."""
+
+    def __init__(self, stream: httpcore.AsyncNetworkStream) -> None:
+        self._stream = stream
+
+    async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+        return await self._stream.read(max(max_bytes, _READ), timeout)
+
+    async def write(self, buffer: bytes, timeout: float | None = None) -> None:
+        await self._stream.write(buffer, timeout)
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
+
+    async def start_tls(
+        self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
+    ) -> httpcore.AsyncNetworkStream:
+        # TLS gives a record at a time, whatever is asked for.
+        return await self._stream.start_tls(ssl_context, server_hostname, timeout)
+
+    def get_extra_info(self, info: str) -> Any:
+        return self._stream.get_extra_info(info)
 
 
 @asynccontextmanager

@@ -10,9 +10,7 @@ proxy may be configured, or where something has put itself into httpx, it is rea
 
 from __future__ import annotations
 
-import os
 import ssl
-import sys
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -28,7 +26,7 @@ from . import _calls, _wire
 from ._calls import ApiCall
 from ._config import Secret
 from ._errors import ConceptVizError, Credits, NotSentError, PollInterruptedError, ServerError
-from ._exchange import Carrier, Kind, LoopBound, Received, Turns, is_httpx_changed, share_of
+from ._exchange import Carrier, Kind, LoopBound, Received, Turns, is_httpx_changed, may_go_direct, share_of
 from ._json import MAX_ANSWER_BYTES
 from ._models import Retries, Submission, TaskState
 from ._pace import Pace
@@ -149,7 +147,7 @@ class Transport:
         # Without TLS the host is this machine, and a proxy would be handed the key.
         tls = self._base_url.startswith("https:")
         is_changed = is_httpx_changed()
-        if self._given is None and _may_go_direct(is_changed, tls):
+        if self._given is None and may_go_direct(tls=tls):
             from ._connections import Connections
 
             context = None
@@ -368,21 +366,6 @@ async def _keep(pace: Pace) -> None:
         await anyio.sleep(delay)
         if not pace.is_paused(anyio.current_time()):
             return
-
-
-def _may_go_direct(is_httpx_changed: bool, tls: bool) -> bool:
-    """Say whether nothing may stand before the API that only httpx knows: an instrumentation, or a proxy."""
-    return not is_httpx_changed and not (tls and _may_have_proxy())
-
-
-def _may_have_proxy() -> bool:
-    """Say whether a proxy may be configured; httpx knows for which hosts. Exceptions alone are none."""
-    if sys.platform in {"darwin", "win32"}:
-        from urllib.request import getproxies
-
-        return bool(getproxies().keys() - {"no"})
-    given = {name.lower() for name, value in os.environ.items() if value}
-    return any(name.endswith("_proxy") for name in given - {"no_proxy"})
 
 
 def _decoded(body: bytes, encoding: str) -> bytes:

@@ -282,14 +282,14 @@ def open_clients_with(where: str, change: Callable[[httpx.AsyncClient], None]) -
             change(client)
             return client
 
-        monkeypatch.setattr("conceptviz._transport._may_go_direct", lambda *_: False)
+        monkeypatch.setattr("conceptviz._transport.may_go_direct", lambda **_: False)
         monkeypatch.setattr(f"conceptviz.{where}.open_http_client", open_changed)
 
     return sabotage
 
 
 def tell_the_request(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("conceptviz._transport._may_go_direct", lambda *_: False)
+    monkeypatch.setattr("conceptviz._transport.may_go_direct", lambda **_: False)
     monkeypatch.setattr("conceptviz._transport._reason", lambda error: f"{error.request.headers.raw}")
 
 
@@ -298,7 +298,7 @@ def log_the_request(monkeypatch: pytest.MonkeyPatch) -> None:
         logging.getLogger("anywhere").debug("%s", error.request.headers.raw)
         return "it failed"
 
-    monkeypatch.setattr("conceptviz._transport._may_go_direct", lambda *_: False)
+    monkeypatch.setattr("conceptviz._transport.may_go_direct", lambda **_: False)
     monkeypatch.setattr("conceptviz._transport._reason", log)
 
 
