@@ -7,17 +7,19 @@ live here: the key beyond the one request that carries it, a decision about what
 
 from __future__ import annotations
 
+import os
 import re
 import select
+import socket
 import ssl
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 from urllib.parse import urlsplit
 
 import anyio
 import httpcore
-from anyio.abc import ByteStream, SocketAttribute
+from anyio.abc import ByteStream, SocketAttribute, SocketStream
 
 from ._calls import ApiCall
 from ._exchange import USER_AGENT, Pieces, Received, Trace, finish
@@ -25,6 +27,9 @@ from ._json import MAX_ANSWER_BYTES
 
 # Seconds after which an idle connection is not used again: common servers keep theirs for a minute or so.
 _IDLE_SECONDS = 30.0
+# Seconds for which an address that was connected to is believed to be the host's, and to answer: it may have several.
+_KNOWN_SECONDS = 10.0
+_KNOWN_PATIENCE = 1.0
 _LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*([0-9]{1,15})[ \t]*\r\n")
 _CHUNKED = re.compile(rb"\r\ntransfer-encoding:[ \t]*chunked[ \t]*\r\n")
 _CHUNK = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\r\n]*)?\r\n")
@@ -148,6 +153,9 @@ class _Backend(httpcore.AsyncNetworkBackend):
 
     is_closed = False
 
+    def __init__(self) -> None:
+        self._known: tuple[int, Any, float] | None = None  # family and address, and until when they are believed
+
     async def connect_tcp(
         self,
         host: str,
@@ -158,12 +166,29 @@ class _Backend(httpcore.AsyncNetworkBackend):
     ) -> httpcore.AsyncNetworkStream:
         self.check()
         with _connecting(timeout):
-            stream = _Tap(await anyio.connect_tcp(host, port), self)
+            stream = _Tap(await self._reach(host, port), self)
         try:
             self.check()
         except httpcore.ConnectError:
             await stream.aclose()
             raise
+        return stream
+
+    async def _reach(self, host: str, port: int) -> SocketStream:
+        """Connect to where a connection was made a moment ago, or else to whichever address of the host answers first.
+
+        To ask the resolver, and to have addresses race each other, for each submit anew takes longer than to connect.
+        """
+        if self._known is not None:
+            family, address, until = self._known
+            if anyio.current_time() < until:
+                with suppress(OSError), anyio.move_on_after(_KNOWN_PATIENCE):
+                    return await _connect(family, address)
+            self._known = None
+        stream = await anyio.connect_tcp(host, port)
+        sock = stream.extra(SocketAttribute.raw_socket)  # noqa: S610 - anyio's, not Django's
+        if os.name == "posix":  # elsewhere one waits for a connection otherwise
+            self._known = sock.family, sock.getpeername(), anyio.current_time() + _KNOWN_SECONDS
         return stream
 
     def check(self) -> None:
@@ -235,6 +260,23 @@ class _Tap(httpcore.AsyncNetworkStream):
         if info == "ssl_object":
             return self.tls
         return _is_readable(self._socket) if info == "is_readable" else None
+
+
+async def _connect(family: int, address: Any) -> SocketStream:
+    """Connect to one address."""
+    with ExitStack() as stack:
+        sock = stack.enter_context(socket.socket(family, socket.SOCK_STREAM))
+        sock.setblocking(False)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        with suppress(BlockingIOError):
+            sock.connect(address)
+        await anyio.wait_writable(sock)
+        failure = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if failure:
+            raise OSError(failure, os.strerror(failure))
+        stream = await SocketStream.from_socket(sock)
+        stack.pop_all()  # it is the stream's now
+        return stream
 
 
 @contextmanager

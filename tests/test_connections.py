@@ -147,7 +147,8 @@ async def test_a_connection_that_breaks_before_tls_is_agreed(heard: int, tmp_pat
             with pytest.raises(NotSentError) as caught:
                 await cv.submit("a", key="k")
         assert journal.entries()[0].state is AttemptState.NOT_SENT
-    assert server.connections == 3
+    # The second and third time, what is known of the host may be found wrong first.
+    assert 3 <= server.connections <= 5
     assert caught.value.__cause__ is None
     assert_no_key(caught.value)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import select
 import ssl
 import subprocess
@@ -20,7 +21,7 @@ import trustme
 from helpers import API, KEY, QUICK, QUICK_POLLING, RECEIPT, TASK, completed
 from hypothesis import given
 from hypothesis import strategies as st
-from raw_server import Connection, RawServer
+from raw_server import Connection, RawServer, answering
 
 from conceptviz import AsyncConceptViz, GenerateRequest, SubmissionUnknownError, _connections, _http
 from conceptviz._calls import build_generate, build_look
@@ -342,6 +343,108 @@ async def test_nobody_there() -> None:
     """Said in words that mean that nothing was sent."""
     with RawServer(listening=False) as server, pytest.raises(httpcore.ConnectError):
         await look(connections(server))
+
+
+# What is known of a host from a moment ago.
+
+
+@pytest.fixture(name="races")
+def _races(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The hosts whose addresses were asked for."""
+    made, hosts = anyio.connect_tcp, list[str]()
+
+    async def connect(host: str, port: int) -> Any:
+        hosts.append(host)
+        return await made(host, port)
+
+    monkeypatch.setattr(anyio, "connect_tcp", connect)
+    return hosts
+
+
+@pytest.mark.anyio
+async def test_an_address_is_asked_for_once_in_a_while(races: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    with RawServer(answering(WHOLE[-5:])) as server:
+        ways = connections(server, keep_alive=False)
+        for _ in range(3):
+            assert (await look(ways)).body == b"hello"
+        assert races == ["127.0.0.1"]
+        monkeypatch.setattr(_connections, "_KNOWN_SECONDS", 0.0)
+        ways._backend._known = None
+        for _ in range(3):
+            await look(ways)
+        assert len(races) == 4
+        await ways.aclose()
+    assert server.connections == 6
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("what", ["refuses", "is silent", "cannot be connected to"])
+async def test_an_address_that_is_no_good_any_more(
+    what: str, races: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The host is asked for anew, within the same attempt."""
+    monkeypatch.setattr(_connections, "_KNOWN_PATIENCE", 0.01)
+    with RawServer(answering(WHOLE[-5:])) as server, RawServer(listening=False) as gone:
+        ways = connections(server, keep_alive=False)
+        await look(ways)
+        family, (host, _), until = ways._backend._known or pytest.fail("nothing is known")
+        ways._backend._known = family, (host, gone.port), until
+        if what == "is silent":
+            monkeypatch.setattr(anyio, "wait_writable", lambda _: anyio.sleep_forever())
+        elif what == "cannot be connected to":
+            monkeypatch.setattr(_connections, "_connect", refuse)
+        assert (await look(ways)).body == b"hello"
+        assert len(races) == 2
+        monkeypatch.undo()
+        await look(ways)  # and so the good one is known
+        assert len(races) == 2
+        await ways.aclose()
+
+
+async def refuse(*_: object) -> None:
+    raise PermissionError
+
+
+@pytest.mark.anyio
+async def test_a_host_that_is_gone() -> None:
+    with RawServer(answering(WHOLE[-5:])) as server:
+        ways = connections(server, keep_alive=False)
+        await look(ways)
+    with pytest.raises(httpcore.ConnectError):
+        await look(ways)
+    assert ways._backend._known is None
+
+
+@pytest.mark.anyio
+async def test_a_connection_that_is_given_up_while_it_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its socket is closed: that one is left open is an error in these tests."""
+    with RawServer(answering(WHOLE[-5:])) as server:
+        ways = connections(server, keep_alive=False)
+        await look(ways)
+        monkeypatch.setattr(anyio, "wait_writable", lambda _: anyio.sleep_forever())
+        with anyio.move_on_after(0.05) as scope:
+            await look(ways)
+        assert scope.cancelled_caught
+        gc.collect()
+
+
+@pytest.mark.anyio
+async def test_an_address_of_version_six(races: list[str]) -> None:
+    async def serve(stream: anyio.abc.SocketStream) -> None:
+        async with stream:
+            await stream.receive()
+            await stream.send(WHOLE)
+
+    listener = await anyio.create_tcp_listener(local_host="::1")
+    port = listener.extra(anyio.abc.SocketAttribute.local_port)
+    async with listener, anyio.create_task_group() as tasks:
+        tasks.start_soon(listener.serve, serve)
+        ways = Connections(f"http://[::1]:{port}/api/v1", context=None, timeout=5.0, keep_alive=False)
+        for _ in range(2):
+            assert (await look(ways)).body == b"hello"
+        await ways.aclose()
+        tasks.cancel_scope.cancel()
+    assert races == ["::1"]
 
 
 @pytest.mark.anyio
