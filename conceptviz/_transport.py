@@ -43,14 +43,7 @@ if TYPE_CHECKING:
 # The step that a transport reports before it writes a request's head.
 _FIRST_BYTE = "send_request_headers.started"
 # The errors, by the names that httpx and httpcore share, that are raised before a connection exists.
-_NEVER_SENT = {
-    "ConnectError",
-    "ConnectTimeout",
-    "PoolTimeout",
-    "UnsupportedProtocol",
-    "ProxyError",
-    "ConnectionNotAvailable",
-}
+_NEVER_SENT = {"ConnectError", "ConnectTimeout", "PoolTimeout", "UnsupportedProtocol", "ProxyError"}
 
 
 @frozen(eq=False)
