@@ -136,9 +136,7 @@ class Connections:
         if call.content_type is not None:
             length = b"%d" % call.content_length
             headers += [(b"Content-Type", call.content_type.encode()), (b"Content-Length", length)]
-        extensions: dict[str, Any] = {"timeout": self._timeouts}
-        if trace is not None:
-            extensions["trace"] = trace
+        extensions = {"timeout": self._timeouts, "trace": trace}
         scheme, host, port = self._url
         url = httpcore.URL(scheme=scheme, host=host, port=port, target=(self._path + call.path).encode())
         return httpcore.Request(call.method, url, headers=headers, content=Pieces(call.body), extensions=extensions)
@@ -257,8 +255,6 @@ class _Tap(httpcore.AsyncNetworkStream):
             raise
 
     def get_extra_info(self, info: str) -> Any:
-        if info == "ssl_object":
-            return self.tls
         return _is_readable(self._socket) if info == "is_readable" else None
 
 

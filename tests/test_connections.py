@@ -134,15 +134,17 @@ async def test_tls_that_is_not_to_be_trusted(
 
 @pytest.mark.usefixtures("trusting")
 @pytest.mark.parametrize("heard", [0, 1], ids=["before the hello", "after it"])
-async def test_a_connection_that_breaks_before_tls_is_agreed(heard: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["reset", "end"])
+async def test_a_connection_that_breaks_before_tls_is_agreed(heard: int, how: str, tmp_path: Path) -> None:
     """M5: that may pass, so it is tried again."""
 
-    def reset(connection: Connection) -> None:
+    def leave(connection: Connection) -> None:
         if heard:
             connection.read_some(65536)
-        connection.reset()
+        if how == "reset":
+            connection.reset()
 
-    with RawServer(reset) as server, Journal(tmp_path / "j") as journal:
+    with RawServer(leave) as server, Journal(tmp_path / "j") as journal:
         async with secure(server, journal) as cv:
             with pytest.raises(NotSentError) as caught:
                 await cv.submit("a", key="k")

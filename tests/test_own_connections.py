@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Callable
 from typing import Any
+from urllib.parse import urlsplit
 
 import anyio
 import httpcore
@@ -18,7 +19,7 @@ import httpx
 import pytest
 import respx
 import trustme
-from helpers import API, KEY, QUICK, QUICK_POLLING, RECEIPT, TASK, completed
+from helpers import API, KEY, QUICK, QUICK_POLLING, RECEIPT, TASK, completed, in_virtual_time
 from hypothesis import given
 from hypothesis import strategies as st
 from raw_server import Connection, RawServer, answering
@@ -307,7 +308,7 @@ async def test_what_a_full_read_may_have_left_behind() -> None:
     """On asyncio what is read from the socket beyond what was asked for lies in a queue that nobody can see."""
     for size, kept in ((len(WHOLE), False), (len(WHOLE) + 1, True)):
         with RawServer(saying(WHOLE if kept else WHOLE + b"x")) as server:
-            stream = await _connections._Backend().connect_tcp("127.0.0.1", server.port)
+            stream: Any = await _connections._Backend().connect_tcp("127.0.0.1", server.port)
             await stream.write(b"GET / HTTP/1.1\r\n\r\n")
             assert await stream.read(size) == WHOLE
             assert _connections._holds_nothing_more(stream) == kept
@@ -343,6 +344,85 @@ async def test_nobody_there() -> None:
     """Said in words that mean that nothing was sent."""
     with RawServer(listening=False) as server, pytest.raises(httpcore.ConnectError):
         await look(connections(server))
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("url", "port"),
+    [("https://api.example/v1", 443), ("http://localhost/v1", 80), ("https://api.example:8443/v1", 8443)],
+)
+async def test_where_it_connects_to(url: str, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, int]] = []
+
+    async def connect(host: str, port: int) -> None:
+        asked.append((host, port))
+        raise OSError
+
+    monkeypatch.setattr(anyio, "connect_tcp", connect)
+    with pytest.raises(httpcore.ConnectError):
+        await look(Connections(url, context=ssl.create_default_context(), timeout=5.0, keep_alive=True))
+    assert asked == [(urlsplit(url).hostname, port)]
+
+
+def test_a_connection_has_half_the_time_of_an_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that it comes to an end of its own, and is closed, before the bound on the whole."""
+    monkeypatch.setattr(anyio, "connect_tcp", lambda *_: anyio.sleep_forever())
+
+    async def main() -> float:
+        ways = Connections("http://localhost/v1", context=None, timeout=8.0, keep_alive=True)
+        start = anyio.current_time()
+        with pytest.raises(httpcore.ConnectTimeout):
+            await ways.exchange(build_look("a-task"), f"Bearer {KEY}", Received(), None)
+        return anyio.current_time() - start
+
+    assert in_virtual_time(main) == 4.0
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("error", [anyio.BrokenResourceError, anyio.ClosedResourceError, ssl.SSLError])
+async def test_what_breaks_is_said_in_httpcore_s_words(error: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+    with RawServer(saying(WHOLE)) as server:
+        stream: Any = await _connections._Backend().connect_tcp("127.0.0.1", server.port)
+
+        def fail(*_: object) -> None:
+            raise error
+
+        monkeypatch.setattr(stream._stream, "send", fail)
+        monkeypatch.setattr(stream._stream, "receive", fail)
+        await stream.write(b"")  # sends nothing
+        with pytest.raises(httpcore.WriteError):
+            await stream.write(b"x")
+        with pytest.raises(httpcore.ReadError):
+            await stream.read(1)
+        await stream.aclose()
+
+
+class Deciphered:
+    """Stands for the end of TLS: what it still gives, or raises."""
+
+    def __init__(self, gives: bytes | Exception) -> None:
+        self._gives = gives
+
+    def read(self, size: int) -> bytes:
+        if isinstance(self._gives, Exception):
+            raise self._gives
+        return self._gives[:size]
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("gives", "is_empty"),
+    [(ssl.SSLWantReadError(), True), (ssl.SSLError("garbled"), False), (b"more", False), (b"", False)],
+    ids=["nothing", "garbage", "more", "the end"],
+)
+async def test_what_lies_behind_an_answer_under_tls(gives: bytes | Exception, is_empty: bool) -> None:
+    with RawServer(saying(WHOLE)) as server:
+        stream: Any = await _connections._Backend().connect_tcp("127.0.0.1", server.port)
+        stream.came += WHOLE
+        assert _connections._holds_nothing_more(stream)
+        stream.tls = Deciphered(gives)
+        assert _connections._holds_nothing_more(stream) is is_empty
+        await stream.aclose()
 
 
 # What is known of a host from a moment ago.
