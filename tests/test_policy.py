@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import ssl
 from random import Random
 from typing import Any
 
@@ -38,7 +39,7 @@ from conceptviz import (
     UnexpectedResponseError,
     WaitTimeoutError,
 )
-from conceptviz._policy import Watch, backoff, pause_after_look, retry_delay
+from conceptviz._policy import Watch, backoff, ends_submitting, is_divisible, pause_after_look, retry_delay
 
 ID = "vaW29_MJ1wbnyFU4bl_pd"
 
@@ -118,6 +119,42 @@ def test_the_retry_table(cls: type[ConceptVizError], submit: bool, read: bool) -
     for spends in (True, False):
         assert retry_delay(error_of(cls), 3, RETRIES, HIGH, spends=spends) is None
         assert retry_delay(error_of(cls), 1, Retries(attempts=1), HIGH, spends=spends) is None
+
+
+@pytest.mark.parametrize("spends", [True, False])
+def test_tls_that_was_refused_is_not_asked_again(spends: bool) -> None:
+    """A certificate will be the same the next time."""
+    error = NotSentError("x")
+    error.__cause__ = ssl.SSLCertVerificationError()
+    assert retry_delay(error, 1, RETRIES, HIGH, spends=spends) is None
+    error.__cause__ = OSError()
+    assert retry_delay(error, 1, RETRIES, HIGH, spends=spends) is not None
+
+
+DIVISIBLE: set[type[ConceptVizError]] = {ModerationBlockedError, PlanLimitExceededError, BudgetExceededError}
+
+
+@pytest.mark.parametrize("cls", [row[0] for row in TABLE])
+def test_what_a_batch_is_taken_apart_for(cls: type[ConceptVizError]) -> None:
+    """What is refused for one of its prompts, or for their number, and only if nothing was spent on it."""
+    more: dict[str, Any] = {"credits": Credits.NOT_SPENT} if issubclass(cls, APIStatusError) else {}
+    assert is_divisible(error_of(cls, **more)) is (cls in DIVISIBLE)
+    if issubclass(cls, APIStatusError):
+        for credits in (Credits.SPENT, Credits.UNKNOWN, Credits.REFUNDED):
+            assert not is_divisible(error_of(cls, credits=credits))
+
+
+FINAL: set[type[ConceptVizError]] = {InsufficientCreditsError, AuthenticationError, PlanError}
+
+
+@pytest.mark.parametrize("cls", [row[0] for row in TABLE])
+def test_what_ends_the_submitting(cls: type[ConceptVizError]) -> None:
+    """What any other submit would be refused for too; what is said of one request, or of a task, is not."""
+    assert ends_submitting(error_of(cls)) is (cls in FINAL)
+    if issubclass(cls, APIStatusError):
+        assert ends_submitting(error_of(cls, code="PLAN_REQUIRED")) is (cls in FINAL)
+        assert not ends_submitting(error_of(cls, code="QUALITY_NOT_ALLOWED"))
+        assert not ends_submitting(error_of(cls, task_id=ID))
 
 
 @pytest.mark.parametrize(
