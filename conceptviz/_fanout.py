@@ -388,7 +388,8 @@ class Run:
 
     def _copy(self, batch: Batch, outcomes: Sequence[Outcome]) -> None:
         for n, outcome in enumerate(outcomes):
-            self._deliver(batch.place + n, evolve(outcome, index=batch.index))
+            # What it cost stands with the first of them, so that a sum over all counts it once.
+            self._deliver(batch.place + n, evolve(outcome, index=batch.index, credits_used=0))
 
     def _deliver(self, place: int, outcome: Outcome) -> None:
         if self._options.ordered:

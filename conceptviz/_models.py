@@ -189,7 +189,8 @@ class Outcome:
         error: What went wrong, or None. With an image there is only one thing: it was not saved.
         path: The saved file, or None.
         credits_used: This prompt's share of what its task cost, be it now or at an earlier run of the same key; 0 if
-            nothing was spent or all was refunded, None if nobody knows.
+            nothing was spent, all was refunded, or it stands with an earlier item of the same key; None if nobody
+            knows.
     """
 
     index: int

@@ -192,7 +192,8 @@ async def test_a_key_is_paid_for_once(simulator: Simulator, journaled: bool) -> 
     assert [outcome.key for outcome in outcomes] == ["k", "k", "k", None]
     assert isinstance(outcomes[2].error, InvalidRequestError)
     assert [outcome.task_id for outcome in again] == [outcomes[0].task_id] * journaled
-    assert simulator.ledger.charged == 4
+    assert simulator.ledger.charged == sum(outcome.credits_used or 0 for outcome in outcomes) == 4
+    assert [outcome.credits_used for outcome in again] == [2] * journaled
 
 
 async def test_the_same_program_run_again_pays_for_nothing_twice(simulator: Simulator, tmp_path: Path) -> None:
