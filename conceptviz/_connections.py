@@ -186,7 +186,8 @@ class _Backend(httpcore.AsyncNetworkBackend):
         stream = await anyio.connect_tcp(host, port)
         sock = stream.extra(SocketAttribute.raw_socket)  # noqa: S610 - anyio's, not Django's
         if os.name == "posix":  # elsewhere one waits for a connection otherwise
-            self._known = sock.family, sock.getpeername(), anyio.current_time() + _KNOWN_SECONDS
+            with suppress(OSError):  # it was closed at once
+                self._known = sock.family, sock.getpeername(), anyio.current_time() + _KNOWN_SECONDS
         return stream
 
     def check(self) -> None:

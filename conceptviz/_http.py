@@ -81,7 +81,7 @@ def open_http_client(
 
 
 class LargeReads(httpx.AsyncBaseTransport):
-    """httpx's own transport but for what is read at a time: large bodies cost half.
+    """httpx's own transport but for what is read at a time: large bodies cost half. It sends no bodies.
 
     It must not stand where httpx's own is looked for: it knows no proxy, and nothing that was put into httpx.
 

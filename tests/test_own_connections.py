@@ -495,6 +495,35 @@ async def test_a_host_that_is_gone() -> None:
     assert ways._backend._known is None
 
 
+class Gone:
+    """A socket whose other end went away before anybody could ask where it was."""
+
+    def __init__(self, sock: Any) -> None:
+        self.family, self.fileno = sock.family, sock.fileno
+
+    def getpeername(self) -> None:
+        raise OSError
+
+
+@pytest.mark.anyio
+async def test_an_address_that_cannot_be_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = anyio.connect_tcp
+
+    async def connect(host: str, port: int) -> Any:
+        stream: Any = await made(host, port)
+        sock = Gone(stream.extra(anyio.abc.SocketAttribute.raw_socket))
+        monkeypatch.setattr(type(stream), "extra", lambda *_: sock)
+        return stream
+
+    with RawServer(answering(WHOLE[-5:])) as server:
+        ways = connections(server, keep_alive=False)
+        monkeypatch.setattr(anyio, "connect_tcp", connect)
+        assert (await look(ways)).body == b"hello"
+        monkeypatch.undo()
+        assert ways._backend._known is None
+        assert (await look(ways)).body == b"hello"
+
+
 @pytest.mark.anyio
 async def test_a_connection_that_is_given_up_while_it_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its socket is closed: that one is left open is an error in these tests."""
