@@ -206,3 +206,9 @@ async def test_tls_that_was_refused_is_found_behind_other_errors() -> None:
     assert (found.args, found is refusal) == (refusal.args, False)
     caused.__cause__ = ssl.SSLEOFError(8, "the end")
     assert _transport._refused_by(handled) is None
+
+
+@pytest.mark.parametrize(("connections", "share"), [(1, 1), (4, 3), (20, 15)])
+async def test_how_many_may_be_under_way(connections: int, share: int) -> None:
+    async with AsyncConceptViz(KEY, max_connections=connections) as cv:
+        assert (cv._core.transport.most_submits, cv._core.transport.most_looks) == (share, share)
