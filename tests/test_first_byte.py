@@ -11,7 +11,7 @@ import anyio
 import httpcore
 import httpx
 import pytest
-from helpers import KEY, QUICK, RECEIPT, RUNNING, TASK, answer, assert_no_key, client
+from helpers import KEY, QUICK, RECEIPT, RUNNING, TASK, answer, assert_no_key, client, in_virtual_time
 from raw_server import Connection, RawServer, answering
 
 from conceptviz import (
@@ -212,3 +212,14 @@ async def test_tls_that_was_refused_is_found_behind_other_errors() -> None:
 async def test_how_many_may_be_under_way(connections: int, share: int) -> None:
     async with AsyncConceptViz(KEY, max_connections=connections) as cv:
         assert (cv._core.transport.most_submits, cv._core.transport.most_looks) == (share, share)
+
+
+def test_a_look_that_failed_is_repeated_after_a_pause() -> None:
+    async def main() -> float:
+        cv, _ = client(answer(503, {}), RUNNING, retries=Retries(base_delay=50.0, max_delay=50.0))
+        async with cv:
+            start = anyio.current_time()
+            await cv.task(TASK).status()
+            return anyio.current_time() - start
+
+    assert 0.0 < in_virtual_time(main) <= 50.0
