@@ -27,6 +27,7 @@ from conceptviz import (
 )
 from conceptviz._calls import ApiCall, build_generate
 from conceptviz._exchange import Received, Trace
+from conceptviz._pace import Pace
 from conceptviz._transport import Transport
 
 pytestmark = pytest.mark.anyio
@@ -223,3 +224,22 @@ def test_a_look_that_failed_is_repeated_after_a_pause() -> None:
             return anyio.current_time() - start
 
     assert 0.0 < in_virtual_time(main) <= 50.0
+
+
+def test_a_pause_that_grows_while_it_is_kept() -> None:
+    """The service asked somebody else for more of it meanwhile."""
+
+    async def main() -> float:
+        pace, start = Pace(), anyio.current_time()
+        pace.refused(start, 10.0)
+
+        async def refuse_again() -> None:
+            await anyio.sleep(5.0)
+            pace.refused(anyio.current_time(), 10.0)
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(refuse_again)
+            await _transport._keep(pace)
+        return anyio.current_time() - start
+
+    assert in_virtual_time(main) >= 15.0
