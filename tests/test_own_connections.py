@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import select
+import socket
 import ssl
 import subprocess
 import sys
@@ -493,6 +494,23 @@ async def test_a_host_that_is_gone() -> None:
     with pytest.raises(httpcore.ConnectError):
         await look(ways)
     assert ways._backend._known is None
+
+
+class Watched(socket.socket):
+    """A socket that must not hold up the event loop."""
+
+    def connect(self, address: Any) -> None:
+        assert self.gettimeout() == 0
+        super().connect(address)
+
+
+@pytest.mark.anyio
+async def test_connecting_never_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    with RawServer(saying(WHOLE)) as server:
+        monkeypatch.setattr(socket, "socket", Watched)
+        stream = await _connections._connect(socket.AF_INET, ("127.0.0.1", server.port))
+        monkeypatch.undo()
+        await stream.aclose()
 
 
 class Gone:
