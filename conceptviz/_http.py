@@ -134,7 +134,7 @@ class _Backend(httpcore.AsyncNetworkBackend):
     """httpcore's way to the network through anyio."""
 
     def __init__(self) -> None:
-        self._anyio = httpcore.AnyIOBackend()
+        self._anyio: Any = httpcore.AnyIOBackend()  # to a checker of types, anyio might not be installed
 
     async def connect_tcp(
         self,

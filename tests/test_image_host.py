@@ -6,6 +6,7 @@ import ssl
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import anyio
 import httpcore
@@ -121,10 +122,11 @@ async def test_much_is_read_at_a_time(size: int, monkeypatch: pytest.MonkeyPatch
     """Each read takes what the event loop has received, in one piece."""
     asked: list[int] = []
     content = PNG[:-12] + bytes(size) + PNG[-12:]
-    connect = httpcore.AnyIOBackend.connect_tcp
+    backend: Any = httpcore.AnyIOBackend
+    connect = backend.connect_tcp
 
     async def connect_and_watch(*arguments: object) -> httpcore.AsyncNetworkStream:
-        stream = await connect(*arguments)  # type: ignore[arg-type]
+        stream: httpcore.AsyncNetworkStream = await connect(*arguments)
         read = stream.read
 
         async def watch(max_bytes: int, timeout: float | None = None) -> bytes:
@@ -134,7 +136,7 @@ async def test_much_is_read_at_a_time(size: int, monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(stream, "read", watch)
         return stream
 
-    monkeypatch.setattr(httpcore.AnyIOBackend, "connect_tcp", connect_and_watch)
+    monkeypatch.setattr(backend, "connect_tcp", connect_and_watch)
 
     def serve(connection: Connection) -> None:
         connection.read_some(65536)
