@@ -42,6 +42,7 @@ class _Call(Generic[T]):
     def __init__(self) -> None:
         self.scope: anyio.CancelScope | None = None  # set in the loop thread, before the work starts
         self._outcome: _Outcome = queue.SimpleQueue()
+        self._awaited = self._outcome  # by the caller, who may not wait yet when the outcome is turned away
 
     async def settle(self, work: Callable[[], Awaitable[T]]) -> None:
         """Do the work and hand over whatever comes of it; only the cancellation of this very call goes further."""
@@ -74,13 +75,13 @@ class _Call(Generic[T]):
         """Wait for the outcome, open to Ctrl-C."""
         while True:
             with suppress(queue.Empty):
-                return self._outcome.get(timeout=_TICK)
+                return self._awaited.get(timeout=_TICK)
 
     def wait_briefly(self) -> T | None:
         """Give cancelled work a moment to end, and return its value if it had been done after all."""
         value: T | None = None
         with suppress(queue.Empty):
-            value = self._outcome.get(timeout=_GRACE)[0]
+            value = self._awaited.get(timeout=_GRACE)[0]
         return value
 
     def take_over(self) -> _Outcome:

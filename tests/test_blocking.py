@@ -555,3 +555,18 @@ def test_ctrl_c_in_a_step_ends_the_iterator() -> None:
             next(numbers)
         assert closed.is_set()
         assert list(numbers) == []
+
+
+def test_an_outcome_that_was_turned_away_does_not_reach_a_caller_who_comes_to_wait_later() -> None:
+    """At exit: all that a daemon thread could do with it is to print a traceback."""
+    call, heard = _blocking._Call[str](), list[object]()
+    ending = call.take_over()
+    late = threading.Thread(target=lambda: heard.append(call.wait()), daemon=True)
+    late.start()
+    call.finish("done")
+    assert ending.get(timeout=5) == ("done", None)
+    late.join(0.05)
+    assert heard == []
+    call._awaited.put(("the test is over", None))
+    late.join(5)
+    assert heard == [("the test is over", None)]
