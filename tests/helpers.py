@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import anyio
 import httpx
 import pytest
+from raw_server import RawServer
 from trio.testing import MockClock
 
 from conceptviz import AsyncConceptViz, ConceptVizError, Polling, Retries
@@ -142,6 +143,11 @@ def client(*answers: Any, **options: Any) -> tuple[AsyncConceptViz, Script]:
 
     settings: dict[str, Any] = {"retries": QUICK, "polling": QUICK_POLLING, **options}
     return AsyncConceptViz(KEY, transport=httpx.MockTransport(handle), **settings), script
+
+
+def raw_client(server: RawServer, **options: Any) -> AsyncConceptViz:
+    """A client of a server on raw sockets; times are short unless they are given."""
+    return AsyncConceptViz(KEY, base_url=server.base_url, **{"timeout": 2.0, "retries": QUICK, **options})
 
 
 def in_virtual_time(main: Callable[[], Awaitable[T]]) -> T:

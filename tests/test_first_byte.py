@@ -11,7 +11,7 @@ import anyio
 import httpcore
 import httpx
 import pytest
-from helpers import KEY, QUICK, RECEIPT, RUNNING, TASK, answer, assert_no_key, client, in_virtual_time
+from helpers import KEY, QUICK, RECEIPT, RUNNING, TASK, answer, assert_no_key, client, in_virtual_time, raw_client
 from raw_server import Connection, RawServer, answering
 
 from conceptviz import (
@@ -52,10 +52,6 @@ class Reporting:
 
     async def aclose(self) -> None:
         """There is nothing to close."""
-
-
-def raw_client(server: RawServer, **options: Any) -> AsyncConceptViz:
-    return AsyncConceptViz(KEY, base_url=server.base_url, **{"timeout": 2.0, "retries": QUICK, **options})
 
 
 async def sent_by(cv: AsyncConceptViz, before: Callable[[], Awaitable[None]]) -> Submission:

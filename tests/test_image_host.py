@@ -14,7 +14,7 @@ import httpx
 import pytest
 import trustme
 from helpers import IMAGE_HOST, KEY, QUICK, TASK, assert_no_key, assert_no_key_logged, image_url, png
-from raw_server import Connection, RawServer
+from raw_server import Behaviour, Connection, RawServer
 
 from conceptviz import AsyncConceptViz, DownloadError, Image, _http
 
@@ -41,7 +41,7 @@ def _authority(monkeypatch: pytest.MonkeyPatch) -> trustme.CA:
     return authority
 
 
-def secured(authority: trustme.CA, heard: list[bytes], host: str = "127.0.0.1"):  # type: ignore[no-untyped-def]
+def secured(authority: trustme.CA, heard: list[bytes], host: str = "127.0.0.1") -> Behaviour:
     """Make a server's behaviour: shake hands, hear what is asked, and give the picture."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     authority.issue_cert(host).configure_cert(context)

@@ -562,7 +562,10 @@ async def test_an_address_of_version_six(races: list[str]) -> None:
             await stream.receive()
             await stream.send(WHOLE)
 
-    listener = await anyio.create_tcp_listener(local_host="::1")
+    try:
+        listener = await anyio.create_tcp_listener(local_host="::1")
+    except OSError:
+        pytest.skip("this machine has no IPv6 loopback")
     port = listener.extra(anyio.abc.SocketAttribute.local_port)
     async with listener, anyio.create_task_group() as tasks:
         tasks.start_soon(listener.serve, serve)

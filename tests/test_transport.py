@@ -35,6 +35,7 @@ from helpers import (
     failing,
     in_virtual_time,
     png,
+    raw_client,
     silence,
 )
 from raw_server import Connection, RawServer, answering
@@ -68,10 +69,6 @@ def _no_key_in_logs(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     caplog.set_level(1)
     yield
     assert_no_key_logged(caplog)
-
-
-def raw_client(server: RawServer, **options: Any) -> AsyncConceptViz:
-    return AsyncConceptViz(KEY, base_url=server.base_url, **{"timeout": 2.0, "retries": QUICK, **options})
 
 
 async def test_headers_of_every_request() -> None:
