@@ -324,9 +324,9 @@ class Transport:
                 refused_by = _refused_by(error)
                 reason = _reason(error) if refused_by is None else f"TLS was refused ({refused_by})"
                 never_sent = not _NEVER_SENT.isdisjoint(_kinds(error))
-            except BaseException as error:  # noqa: BLE001 - it is raised again
-                # It comes up through frames of the HTTP library that hold the key.
-                raise error.with_traceback(None)  # noqa: B904 - it is the same error
+            except BaseException as error:
+                _cut_off(error)
+                raise error  # noqa: TRY201 - a bare `raise` would bring the way back
         if scope.cancelled_caught:
             reason = f"no whole answer came within {self._timeout:g} s"
         answer = self._answer(received) if received.status_code else None
@@ -359,6 +359,14 @@ async def _keep(pace: Pace) -> None:
         await anyio.sleep(delay)
         if not pace.is_paused(anyio.current_time()):
             return
+
+
+def _cut_off(error: BaseException | None) -> None:
+    """Cut an error off from the way it came and from what it came of: frames of the HTTP library hold the key."""
+    while error is not None and error.__traceback__ is not None:
+        error.__traceback__ = None
+        error.__context__ = None  # such as the broken connection that was being closed as the cancellation came
+        error = error.__cause__
 
 
 def _decoded(body: bytes, encoding: str) -> bytes:

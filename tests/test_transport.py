@@ -845,6 +845,54 @@ async def test_the_answer_is_closed_when_the_reader_is_cancelled() -> None:
     assert body.closed
 
 
+async def test_a_cancellation_that_meets_a_broken_connection_does_not_lead_to_the_key() -> None:
+    """M64: while a connection is closed because it broke, what it broke with is held, and its frames hold the key."""
+    is_closing = anyio.Event()
+
+    async def breaks(request: httpx.Request) -> httpx.Response:
+        authorization = request.headers["authorization"]
+        try:
+            raise httpx.ReadError(authorization)
+        finally:
+            is_closing.set()
+            await anyio.sleep_forever()
+
+    async def look() -> None:
+        try:
+            await cv.task(TASK).status()
+        except anyio.get_cancelled_exc_class() as error:
+            caught.append(error)
+            raise
+
+    caught: list[BaseException] = []
+    cv, _ = client(breaks)
+    async with cv, anyio.create_task_group() as group:
+        group.start_soon(look)
+        await is_closing.wait()
+        group.cancel_scope.cancel()
+    [error] = caught
+    assert_no_key(error)
+
+
+async def test_what_a_foreign_error_comes_of_does_not_lead_to_the_key() -> None:
+    """M64: whatever a transport of the caller's raises is his to see, its cause too, and not by way of the request."""
+
+    async def fails(request: httpx.Request) -> httpx.Response:
+        authorization = request.headers["authorization"]
+        try:
+            _ = dict[int, str]()[len(authorization)]
+        except KeyError as error:
+            raise RuntimeError("a bug") from error
+        raise AssertionError
+
+    cv, _ = client(fails)
+    async with cv:
+        with pytest.raises(RuntimeError, match="a bug") as caught:
+            await cv.task(TASK).status()
+    assert isinstance(caught.value.__cause__, KeyError)
+    assert_no_key(caught.value)
+
+
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
 def test_one_client_in_two_event_loops_one_after_another(backend: str) -> None:
     """M94: `asyncio.run` twice with one client, over real connections that the first loop kept open."""
