@@ -1,4 +1,4 @@
-"""Connections to the API of our own, on httpcore: a few that are kept, without a pool that looks through them all.
+"""Connections to the API of our own: a few that are kept, without a pool that looks through them all.
 
 Rules: one exchange at a time on each. A kept connection is used again only if what came over it was one answer and not
 a byte more, and if nothing has come since: what is read next can then only answer what is asked next. What must never
@@ -8,21 +8,20 @@ live here: the key beyond the one request that carries it, a decision about what
 from __future__ import annotations
 
 import os
-import re
 import select
 import socket
 import ssl
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 from urllib.parse import urlsplit
 
 import anyio
-import httpcore
 from anyio.abc import ByteStream, SocketAttribute, SocketStream
 
 from ._calls import ApiCall
-from ._exchange import USER_AGENT, Pieces, Received, Trace, finish
+from ._exchange import PIECE, Pieces, Received, Trace
+from ._http1 import AnswerReader, NotPlainError, build_head
 from ._json import MAX_ANSWER_BYTES
 
 # Seconds after which an idle connection is not used again: common servers keep theirs for a minute or so.
@@ -30,9 +29,27 @@ _IDLE_SECONDS = 30.0
 # Seconds for which an address that was connected to is believed to be the host's, and to answer: it may have several.
 _KNOWN_SECONDS = 10.0
 _KNOWN_PATIENCE = 1.0
-_LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*([0-9]{1,15})[ \t]*\r\n")
-_CHUNKED = re.compile(rb"\r\ntransfer-encoding:[ \t]*chunked[ \t]*\r\n")
-_CHUNK = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\r\n]*)?\r\n")
+_READ = 64 * 1024
+
+
+class ExchangeError(Exception):
+    """An exchange failed. What its classes are called is what httpx and httpcore call it."""
+
+
+class ConnectError(ExchangeError):
+    """No connection was made."""
+
+
+class ConnectTimeout(ConnectError):  # noqa: N818 - their word
+    """Nor in the time that there was."""
+
+
+class NetworkError(ExchangeError):
+    """A connection broke."""
+
+
+class RemoteProtocolError(ExchangeError):
+    """An answer ended before its end, or is none."""
 
 
 class Connections:
@@ -46,11 +63,7 @@ class Connections:
     """
 
     errors: tuple[type[Exception], ...] = (
-        httpcore.TimeoutException,
-        httpcore.NetworkError,
-        httpcore.ProtocolError,
-        httpcore.UnsupportedProtocol,
-        httpcore.ConnectionNotAvailable,  # it was closed in the moment before its first byte
+        ExchangeError,
         UnicodeError,  # for a host that is no name
     )
     is_traced = True
@@ -58,23 +71,12 @@ class Connections:
     def __init__(self, base_url: str, *, context: ssl.SSLContext | None, timeout: float, keep_alive: bool) -> None:
         parts = urlsplit(base_url)
         assert parts.hostname is not None  # it was checked
-        scheme, host = parts.scheme.encode(), parts.hostname.encode()
-        self._origin = httpcore.Origin(scheme, host, parts.port or (443 if scheme == b"https" else 80))
-        self._url = (scheme, host, parts.port)
+        self._way = _Way(parts.hostname, parts.port or (443 if parts.scheme == "https" else 80), context, timeout / 2)
+        self._host = parts.netloc
         self._path = parts.path
-        self._context = context
         self._keep_alive = keep_alive
-        # TCP and TLS have half each, so that they come to an end before the bound on the whole cancels them.
-        self._timeouts = {"connect": timeout / 2}
-        self._headers = [
-            (b"Host", parts.netloc.encode()),
-            (b"Accept", b"*/*"),
-            (b"Accept-Encoding", b"identity"),
-            (b"User-Agent", USER_AGENT.encode()),
-        ]
-        self._idle: list[httpcore.AsyncHTTPConnection] = []
-        self._busy: set[httpcore.AsyncHTTPConnection] = set()
-        self._backend = _Backend()
+        self._idle: list[_Stream] = []
+        self._busy: set[_Stream] = set()
 
     async def exchange(self, call: ApiCall, authorization: str, received: Received, trace: Trace | None) -> None:
         """Send a request and read its answer, up to the size that an answer may have, into `received`.
@@ -82,97 +84,124 @@ class Connections:
         Raises:
             Exception: One of `errors`.
         """
-        request = self._request(call, authorization, trace)
-        connection = await self._connection()
-        self._busy.add(connection)
-        is_whole = False
+        head = build_head(call, host=self._host, base_path=self._path, authorization=authorization)
+        stream = await self._stream(trace)
+        self._busy.add(stream)
+        may_be_kept = False
         try:
-            response = await connection.handle_async_request(request)
-            received.status_code = response.status
-            received.headers = {k.decode("latin-1").lower(): v.decode("latin-1") for k, v in response.headers}
-            chunks = aiter(response.aiter_stream())
-            try:
-                async for chunk in chunks:
-                    received.body += chunk
-                    if len(received.body) > MAX_ANSWER_BYTES:
-                        break
-                else:
-                    is_whole = True
-            finally:
-                if not is_whole:
-                    with anyio.CancelScope(shield=True), anyio.move_on_after(1):
-                        await finish(chunks, self.errors)
-            await response.aclose()
-            is_whole = is_whole and self._keep_alive and _holds_nothing_more(response.extensions.get("network_stream"))
+            await _send(stream, head, call, trace)
+            may_be_kept = await _receive(stream, received, trace)
         finally:
-            self._busy.discard(connection)
-            if is_whole and connection.is_idle() and not self._backend.is_closed:
-                self._idle.append(connection)
+            self._busy.discard(stream)
+            if may_be_kept and self._keep_alive and not self._way.is_closed:
+                stream.expires_at = anyio.current_time() + _IDLE_SECONDS
+                self._idle.append(stream)
             else:
-                with anyio.CancelScope(shield=True), anyio.move_on_after(1):
-                    await connection.aclose()
+                await stream.close()
 
     async def aclose(self) -> None:
         """Close the connections; what is under way on them, or would make one, ends with an error."""
-        self._backend.is_closed = True
-        for connection in [*self._idle, *self._busy]:
-            await connection.aclose()
+        self._way.is_closed = True
+        for stream in [*self._idle, *self._busy]:
+            await stream.close()
         self._idle.clear()
 
-    async def _connection(self) -> httpcore.AsyncHTTPConnection:
+    async def _stream(self, trace: Trace | None) -> _Stream:
         while self._idle:
-            connection = self._idle.pop()
-            # Also true when there is something to read: the end of the connection, or what nobody has asked for.
-            if not connection.has_expired():
-                return connection
-            with anyio.CancelScope(shield=True), anyio.move_on_after(1):
-                await connection.aclose()
-        return httpcore.AsyncHTTPConnection(
-            self._origin, self._context, keepalive_expiry=_IDLE_SECONDS, network_backend=self._backend
-        )
-
-    def _request(self, call: ApiCall, authorization: str, trace: Trace | None) -> httpcore.Request:
-        headers = [*self._headers, (b"Authorization", authorization.encode())]
-        if call.content_type is not None:
-            length = b"%d" % call.content_length
-            headers += [(b"Content-Type", call.content_type.encode()), (b"Content-Length", length)]
-        extensions = {"timeout": self._timeouts, "trace": trace}
-        scheme, host, port = self._url
-        url = httpcore.URL(scheme=scheme, host=host, port=port, target=(self._path + call.path).encode())
-        return httpcore.Request(call.method, url, headers=headers, content=Pieces(call.body), extensions=extensions)
+            stream = self._idle.pop()
+            # What there is to read is the end of the connection, or what nobody has asked for.
+            if anyio.current_time() < stream.expires_at and not stream.is_readable():
+                return stream
+            await stream.close()
+        return await self._way.connect(trace)
 
 
-class _Backend(httpcore.AsyncNetworkBackend):
-    """The way to the network: anyio's streams, on asyncio and trio.
+async def _send(stream: _Stream, head: bytes, call: ApiCall, trace: Trace | None) -> None:
+    if trace is not None:
+        await trace("http11.send_request_headers.started", {})
+        await trace("http11.send_request_body.started", {})
+    # A service that refuses a request may close before it has read it all: its answer is to be read all the same.
+    with suppress(NetworkError):
+        if call.content_length <= PIECE:
+            await stream.send(b"".join((head, *call.body)))
+        else:
+            await stream.send(head)
+            async for piece in Pieces(call.body):
+                await stream.send(piece)
+
+
+async def _receive(stream: _Stream, received: Received, trace: Trace | None) -> bool:
+    """Read an answer; return whether another can come over the connection, and nothing but that."""
+    if trace is not None:
+        await trace("http11.receive_response_headers.started", {})
+    reader = AnswerReader(received)
+    is_whole = False
+    try:
+        while not is_whole and len(received.body) <= MAX_ANSWER_BYTES:
+            data = await stream.receive()
+            if not data:
+                raise RemoteProtocolError
+            is_whole = reader.feed(data)
+    except NotPlainError:
+        from ._httpcore import ERRORS, read_again  # takes longer to load than all the rest
+
+        try:
+            await read_again(bytes(reader.came), stream.receive, received, limit=MAX_ANSWER_BYTES)
+        except ERRORS as error:
+            raise RemoteProtocolError from error
+        return False
+    # A read that was filled may have left something behind, in a buffer of the event loop's.
+    is_exact = is_whole and not reader.is_last and reader.holds_nothing_more and len(data) < _READ
+    return is_exact and stream.holds_nothing_more()
+
+
+class _Way:
+    """The way to a host: anyio's streams, on asyncio and trio.
+
+    Args:
+        host: A name or an address.
+        port: The port.
+        context: What TLS is spoken with, or None.
+        timeout: Seconds for TCP, and again for TLS, so that they come to an end before the bound on the whole.
 
     Attributes:
         is_closed: Whether no connection is to be made any more: what has not sent a byte yet does not.
     """
 
-    is_closed = False
-
-    def __init__(self) -> None:
+    def __init__(self, host: str, port: int, context: ssl.SSLContext | None, timeout: float) -> None:
+        self.is_closed = False
+        self._host = host
+        self._port = port
+        self._context = context
+        self._timeout = timeout
         self._known: tuple[int, Any, float] | None = None  # family and address, and until when they are believed
 
-    async def connect_tcp(
-        self,
-        host: str,
-        port: int,
-        timeout: float | None = None,
-        local_address: str | None = None,  # noqa: ARG002 - httpcore's signature, and so below
-        socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,  # noqa: ARG002
-    ) -> httpcore.AsyncNetworkStream:
+    async def connect(self, trace: Trace | None) -> _Stream:
+        """Make a connection.
+
+        Raises:
+            ConnectError: None was made.
+        """
         self.check()
-        with _connecting(timeout):
-            stream = _Tap(await self._reach(host, port), self)
+        if trace is not None:
+            await trace("connection.connect_tcp.started", {})
+        with _connecting(self._timeout):
+            tcp = await self._reach()
+        stream = _Stream(tcp)
         try:
             self.check()
-        except httpcore.ConnectError:
-            await stream.aclose()
+            if self._context is not None:
+                if trace is not None:
+                    await trace("connection.start_tls.started", {})
+                with _connecting(self._timeout):
+                    await stream.start_tls(self._context, self._host)
+                self.check()
+        except BaseException:
+            await stream.close()
             raise
         return stream
 
-    async def _reach(self, host: str, port: int) -> SocketStream:
+    async def _reach(self) -> SocketStream:
         """Connect to where a connection was made a moment ago, or else to whichever address of the host answers first.
 
         To ask the resolver, and to have addresses race each other, for each submit anew takes longer than to connect.
@@ -183,7 +212,7 @@ class _Backend(httpcore.AsyncNetworkBackend):
                 with suppress(OSError), anyio.move_on_after(_KNOWN_PATIENCE):
                     return await _connect(family, address)
             self._known = None
-        stream = await anyio.connect_tcp(host, port)
+        stream = await anyio.connect_tcp(self._host, self._port)
         sock = stream.extra(SocketAttribute.raw_socket)  # noqa: S610 - anyio's, not Django's
         if os.name == "posix":  # elsewhere one waits for a connection otherwise
             with suppress(OSError):  # it was closed at once
@@ -193,70 +222,69 @@ class _Backend(httpcore.AsyncNetworkBackend):
     def check(self) -> None:
         """Refuse to go on if no connection is to be made any more."""
         if self.is_closed:
-            raise httpcore.ConnectError("closed")
+            raise ConnectError
 
 
-class _Tap(httpcore.AsyncNetworkStream):
-    """A stream that remembers what came over it since something was last written to it.
+class _Stream:
+    """A connection. Its reads and writes have no time limits of their own: the whole exchange has one.
 
-    Its reads and writes have no time limits of their own: the whole exchange has one.
+    Attributes:
+        expires_at: When it is not used any more, as long as it is idle.
     """
 
-    def __init__(self, stream: ByteStream, backend: _Backend, tls: ssl.SSLObject | None = None) -> None:
-        self._stream = stream
-        self._backend = backend
-        self._socket = stream.extra(SocketAttribute.raw_socket)  # noqa: S610 - anyio's, not Django's
-        self.tls = tls
-        self.came = bytearray()
-        self.is_full = False
+    def __init__(self, tcp: SocketStream) -> None:
+        self.expires_at = 0.0
+        self._stream: ByteStream = tcp
+        self._socket = tcp.extra(SocketAttribute.raw_socket)  # noqa: S610 - anyio's, not Django's
+        self._tls: ssl.SSLObject | None = None
 
-    async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:  # noqa: ARG002
+    async def start_tls(self, context: ssl.SSLContext, host: str) -> None:
+        from anyio.streams.tls import TLSAttribute, TLSStream  # loaded by those who speak it
+
+        stream = await TLSStream.wrap(
+            self._stream, hostname=host, ssl_context=context, standard_compatible=False, server_side=False
+        )
+        self._stream, self._tls = stream, stream.extra(TLSAttribute.ssl_object)  # noqa: S610
+
+    async def send(self, data: bytes) -> None:
         try:
-            data = await self._stream.receive(max_bytes)
+            await self._stream.send(data)
+        except (anyio.BrokenResourceError, anyio.ClosedResourceError, ssl.SSLError) as error:
+            raise NetworkError from error
+
+    async def receive(self) -> bytes:
+        """Return what has come, or nothing at the end of the connection."""
+        try:
+            return await self._stream.receive(_READ)
         except anyio.EndOfStream:
             return b""
         except (anyio.BrokenResourceError, anyio.ClosedResourceError, ssl.SSLError) as error:
-            raise httpcore.ReadError(str(error)) from error
-        self.is_full = len(data) >= max_bytes
-        if len(self.came) <= MAX_ANSWER_BYTES:  # a longer answer is not read to its end
-            self.came += data
-        return data
+            raise NetworkError from error
 
-    async def write(self, buffer: bytes, timeout: float | None = None) -> None:  # noqa: ARG002
-        if not buffer:
-            return
-        self.came.clear()
+    async def close(self) -> None:
+        """Close it, whether or not the caller is cancelled."""
+        with anyio.CancelScope(shield=True), anyio.move_on_after(1):
+            await self._stream.aclose()
+
+    def is_readable(self) -> bool:
+        """Say whether its socket has something to read, the end of its connection included."""
+        if not hasattr(select, "poll"):  # on Windows, where `select` has no limit that matters here
+            return bool(select.select([self._socket], [], [], 0)[0])
+        poll = select.poll()
+        poll.register(self._socket, select.POLLIN)
+        return bool(poll.poll(0))
+
+    def holds_nothing_more(self) -> bool:
+        """Say whether nothing lies between the socket and us: deciphered on demand, and seen on no descriptor."""
+        if self._tls is None:
+            return True
         try:
-            await self._stream.send(buffer)
-        except (anyio.BrokenResourceError, anyio.ClosedResourceError, ssl.SSLError) as error:
-            raise httpcore.WriteError(str(error)) from error
-
-    async def aclose(self) -> None:
-        await self._stream.aclose()
-
-    async def start_tls(
-        self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
-    ) -> httpcore.AsyncNetworkStream:
-        from anyio.streams.tls import TLSAttribute, TLSStream  # loaded by those who speak it
-
-        try:
-            with _connecting(timeout):
-                stream = await TLSStream.wrap(
-                    self._stream,
-                    hostname=server_hostname,
-                    ssl_context=ssl_context,
-                    standard_compatible=False,
-                    server_side=False,
-                )
-            self._backend.check()
-            return _Tap(stream, self._backend, stream.extra(TLSAttribute.ssl_object))  # noqa: S610
-        except BaseException:
-            with anyio.CancelScope(shield=True), anyio.move_on_after(1):
-                await self.aclose()
-            raise
-
-    def get_extra_info(self, info: str) -> Any:
-        return _is_readable(self._socket) if info == "is_readable" else None
+            self._tls.read(1)
+        except ssl.SSLWantReadError:
+            return True
+        except ssl.SSLError:
+            return False
+        return False
 
 
 async def _connect(family: int, address: Any) -> SocketStream:
@@ -278,62 +306,11 @@ async def _connect(family: int, address: Any) -> SocketStream:
 
 @contextmanager
 def _connecting(timeout: float | None) -> Iterator[None]:
-    """Bound what makes a connection, and say in httpcore's words how it failed."""
+    """Bound what makes a connection, and say how it failed."""
     try:
         with anyio.fail_after(timeout):
             yield
     except TimeoutError as error:
-        raise httpcore.ConnectTimeout(str(error)) from error
+        raise ConnectTimeout from error
     except (OSError, anyio.BrokenResourceError, anyio.EndOfStream) as error:  # ssl.SSLError is an OSError
-        raise httpcore.ConnectError(str(error)) from error
-
-
-def _is_readable(sock: Any) -> bool:
-    """Say whether a socket has something to read, the end of its connection included."""
-    if not hasattr(select, "poll"):  # on Windows, where `select` has no limit that matters here
-        return bool(select.select([sock], [], [], 0)[0])
-    poll = select.poll()
-    poll.register(sock, select.POLLIN)
-    return bool(poll.poll(0))
-
-
-def _holds_nothing_more(stream: object) -> bool:
-    """Say whether what came over a connection was one answer and not a byte more."""
-    if not isinstance(stream, _Tap):
-        return False
-    came = bytes(stream.came)
-    # A read that was filled may have left something behind, in a buffer of the event loop's.
-    if stream.is_full or _answer_length(came) != len(came):
-        return False
-    if stream.tls is None:
-        return True
-    # More may lie between the socket and us: deciphered on demand only, and on no descriptor to be seen.
-    try:
-        stream.tls.read(1)
-    except ssl.SSLWantReadError:
-        return True
-    except ssl.SSLError:
-        return False
-    return False
-
-
-def _answer_length(came: bytes) -> int | None:
-    """Return where the answer ends that these bytes begin with, or None where that is not plain to see.
-
-    httpcore has read it as HTTP already: this is only to find its end.
-    """
-    head, found, _ = came.partition(b"\r\n\r\n")
-    start = len(head) + len(found)
-    head = head.lower() + b"\r\n"
-    if not found or head[8:10] == b" 1":
-        return None
-    length = _LENGTH.search(head)
-    if _CHUNKED.search(head) is None:
-        return start + int(length[1]) if length is not None else None
-    # Each turn goes on by a size line at least.
-    while (chunk := _CHUNK.match(came, start)) is not None:
-        size = int(chunk[1], 16)
-        start = chunk.end() + size + 2
-        if size == 0:
-            return start
-    return None
+        raise ConnectError from error

@@ -10,6 +10,7 @@ proxy may be configured, or where something has put itself into httpx, it is rea
 
 from __future__ import annotations
 
+import logging
 import ssl
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
 
     from ._events import Event
     from ._requests import EditRequest, GenerateRequest
+
+logger = logging.getLogger("conceptviz")
 
 # The step that a transport reports before it writes a request's head.
 _FIRST_BYTE = "send_request_headers.started"
@@ -329,6 +332,7 @@ class Transport:
                 raise error  # noqa: TRY201 - a bare `raise` would bring the way back
         if scope.cancelled_caught:
             reason = f"no whole answer came within {self._timeout:g} s"
+        logger.debug("%s %s: %s", call.method, call.path, reason or received.status_code)
         answer = self._answer(received) if received.status_code else None
         if answer is not None and not reason:
             return answer
@@ -395,7 +399,6 @@ def _kinds(error: BaseException) -> list[str]:
 _REASONS = {
     "ConnectTimeout": "no connection was made in time",
     "ConnectError": "no connection could be made",
-    "ConnectionNotAvailable": "the connection was closed",
     "ProxyError": "the proxy made no connection",
     "PoolTimeout": "no connection was free in time",
     "TimeoutException": "the connection fell silent",

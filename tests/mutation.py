@@ -61,6 +61,8 @@ GUARDS = {
         "test_connections",
     ],
     "_connections": ["test_own_connections", "test_connections"],
+    "_http1": ["test_http1", "test_own_connections"],
+    "_httpcore": ["test_http1", "test_own_connections"],
     "_http": ["test_image_host", "test_transport", "test_downloads"],
     "_downloads": ["test_downloads", "test_image_host", "test_matrix"],
     "_exchange": ["test_exchange", "test_own_connections"],

@@ -178,7 +178,6 @@ async def test_submits_keep_their_pace() -> None:
     [
         (httpcore.ConnectError(), "no connection could be made"),
         (httpcore.ConnectTimeout(), "no connection was made in time"),
-        (httpcore.ConnectionNotAvailable(), "the connection was closed"),
         (httpcore.ReadTimeout(), "the connection fell silent"),
         (httpcore.WriteError(), "the connection broke"),
         (httpcore.RemoteProtocolError(), "the connection ended or was garbled"),

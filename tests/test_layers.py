@@ -23,6 +23,7 @@ LAYERS = [
     {"_refusals"},
     {"_attempts", "_budget", "_calls", "_pace", "_policy", "_schedule", "_wire"},
     {"_exchange"},
+    {"_http1", "_httpcore"},
     {"_connections", "_database", "_files", "_http"},
     {"_transport"},
     {"_uploads", "_downloads", "_journal"},
@@ -88,7 +89,7 @@ def test_http_libraries_are_behind_four_doors() -> None:
         for path in PACKAGE.rglob("*.py")
         if any(name.split(".")[0] in {"httpx", "httpcore"} for name in imported(path))
     }
-    assert doors == {"_connections.py", "_http.py", "_downloads.py", "simulator/_transport.py"}
+    assert doors == {"_httpcore.py", "_http.py", "_downloads.py", "simulator/_transport.py"}
 
 
 def test_no_module_knows_asyncio_or_trio() -> None:

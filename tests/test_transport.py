@@ -7,7 +7,6 @@ import asyncio
 import gc
 import gzip
 import json
-import logging
 import ssl
 import warnings
 from collections.abc import Callable, Iterator
@@ -991,12 +990,28 @@ def test_asyncio_timeouts_and_trio_scopes_end_a_look() -> None:
     trio.run(in_trio)
 
 
-async def test_the_log_at_level_1_was_looked_at(caplog: pytest.LogCaptureFixture) -> None:
-    """The check on the logs would notice: the libraries do log a real exchange, and not the key."""
+@pytest.mark.parametrize("transport", [None, httpx.AsyncHTTPTransport()], ids=["direct", "httpx"])
+async def test_the_log_at_level_1_was_looked_at(
+    transport: httpx.AsyncBaseTransport | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The check on the logs would notice: a real exchange is logged, by httpx's way with each step, and not the key."""
     with RawServer(answering(RECEIPT_BYTES)) as server:
-        async with raw_client(server) as cv:
+        async with raw_client(server, transport=transport) as cv:
             await cv.submit("a")
-    assert any(record.levelno == logging.DEBUG and record.name.startswith("httpcore") for record in caplog.records)
+    told = [record.getMessage() for record in caplog.records if record.name == "conceptviz"]
+    assert told == ["POST /generate: 200"]
+    steps = [record for record in caplog.records if record.name.startswith("httpcore")]
+    assert bool(steps) == (transport is not None)
+
+
+async def test_an_exchange_that_failed_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    with RawServer(listening=False) as server:
+        async with raw_client(server, retries=Retries(attempts=1)) as cv:
+            with pytest.raises(NotSentError):
+                await cv.submit("a")
+    assert [record.getMessage() for record in caplog.records if record.name == "conceptviz"] == [
+        "POST /generate: no connection could be made"
+    ]
 
 
 async def test_server_error_survives_in_the_event() -> None:

@@ -24,6 +24,7 @@ from conceptviz import (
     SubmissionUnknownError,
     Submitted,
 )
+from conceptviz._connections import _Stream
 from conceptviz._detached import Stake
 from conceptviz._submits import Paid, Submits
 
@@ -355,7 +356,12 @@ def keep_the_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def believe_kept_connections(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("conceptviz._connections._holds_nothing_more", lambda _: True)
+    """Take a byte at a time for all that came: what is behind an answer stays where the event loop hides it."""
+
+    async def receive(self: _Stream) -> bytes:
+        return await self._stream.receive(1)
+
+    monkeypatch.setattr(_Stream, "receive", receive)
 
 
 def read_nothing_unusual(monkeypatch: pytest.MonkeyPatch) -> None:
