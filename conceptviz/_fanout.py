@@ -184,7 +184,7 @@ class Run:
                     self._drawn.append((index, item))
                     index += 1
                     self._changed.set()
-                    while len(self._drawn) >= self._size:
+                    while len(self._drawn) >= self._size * max(1, self._room()):
                         await self._space.wait()
         except Exception as error:  # noqa: BLE001 - raised to the user, when what was accepted has been delivered
             self._error = error
@@ -194,7 +194,7 @@ class Run:
     async def _submit_all(self) -> None:
         """Submit batch after batch, as there is room for them."""
         while True:
-            while not self._has_room():
+            while not self._room():
                 await self._changed.wait()
             batch = await self._next_batch()
             if batch is None:
@@ -211,14 +211,13 @@ class Run:
                 self._submitting += 1
                 self._tasks.start_soon(self._submit, batch)
 
-    def _has_room(self) -> bool:
-        """Say whether another task may be begun: neither too many unfinished, nor too many that nobody has taken."""
+    def _room(self) -> int:
+        """Return how many tasks may be begun: not too many unfinished, nor too many that nobody has taken."""
         options = self._options
-        return (
-            len(self._ready) < options.max_in_flight * options.batch_size
-            and (self._unfinished < options.max_in_flight or self._refusal is not None)
-            and self._submitting < self._core.transport.most_submits
-        )
+        if len(self._ready) >= options.max_in_flight * options.batch_size:
+            return 0
+        submits = self._core.transport.most_submits - self._submitting
+        return max(0, submits if self._refusal is not None else min(submits, options.max_in_flight - self._unfinished))
 
     async def _next_batch(self) -> Batch | None:
         """Wait for a batch that is full, or that nothing is added to for a moment; None when there will be no more."""
