@@ -12,7 +12,7 @@ import select
 import socket
 import ssl
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -119,13 +119,14 @@ class Connections:
 async def _send(stream: _Stream, head: bytes, call: ApiCall, trace: Trace | None) -> None:
     if trace is not None:
         await trace("http11.send_request_headers.started", {})
-        await trace("http11.send_request_body.started", {})
     # A service that refuses a request may close before it has read it all: its answer is to be read all the same.
     with suppress(NetworkError):
         if call.content_length <= PIECE:
             await stream.send(b"".join((head, *call.body)))
         else:
             await stream.send(head)
+            if trace is not None:
+                await trace("http11.send_request_body.started", {})
             async for piece in Pieces(call.body):
                 await stream.send(piece)
 
@@ -185,9 +186,7 @@ class _Way:
         self.check()
         if trace is not None:
             await trace("connection.connect_tcp.started", {})
-        with _connecting(self._timeout):
-            tcp = await self._reach()
-        stream = _Stream(tcp)
+        stream = await self._reach_again() or await self._reach()
         try:
             self.check()
             if self._context is not None:
@@ -201,23 +200,29 @@ class _Way:
             raise
         return stream
 
-    async def _reach(self) -> SocketStream:
-        """Connect to where a connection was made a moment ago, or else to whichever address of the host answers first.
-
-        To ask the resolver, and to have addresses race each other, for each submit anew takes longer than to connect.
-        """
-        if self._known is not None:
-            family, address, until = self._known
-            if anyio.current_time() < until:
-                with suppress(OSError), anyio.move_on_after(_KNOWN_PATIENCE):
-                    return await _connect(family, address)
-            self._known = None
-        stream = await anyio.connect_tcp(self._host, self._port)
-        sock = stream.extra(SocketAttribute.raw_socket)  # noqa: S610 - anyio's, not Django's
+    async def _reach(self) -> _Stream:
+        """Connect to whichever address of the host answers first, and keep it in mind."""
+        with _connecting(self._timeout):
+            tcp = await anyio.connect_tcp(self._host, self._port)
+        sock = tcp.extra(SocketAttribute.raw_socket)  # noqa: S610 - anyio's, not Django's
         if os.name == "posix":  # elsewhere one waits for a connection otherwise
             with suppress(OSError):  # it was closed at once
                 self._known = sock.family, sock.getpeername(), anyio.current_time() + _KNOWN_SECONDS
-        return stream
+        return _Stream(tcp, sock)
+
+    async def _reach_again(self) -> _Stream | None:
+        """Connect to where a connection was made a moment ago, if there was one; None where that does not do.
+
+        To ask the resolver, and to have addresses race each other, for each submit anew takes longer than to connect.
+        """
+        if self._known is None:
+            return None
+        family, address, until = self._known
+        if anyio.current_time() < until:
+            with suppress(OSError), anyio.move_on_after(min(_KNOWN_PATIENCE, self._timeout / 2)):
+                return await _connect(family, address)
+        self._known = None
+        return None
 
     def check(self) -> None:
         """Refuse to go on if no connection is to be made any more."""
@@ -232,10 +237,10 @@ class _Stream:
         expires_at: When it is not used any more, as long as it is idle.
     """
 
-    def __init__(self, tcp: SocketStream) -> None:
+    def __init__(self, tcp: SocketStream, sock: Any) -> None:
         self.expires_at = 0.0
         self._stream: ByteStream = tcp
-        self._socket = tcp.extra(SocketAttribute.raw_socket)  # noqa: S610 - anyio's, not Django's
+        self._socket = sock
         self._tls: ssl.SSLObject | None = None
 
     async def start_tls(self, context: ssl.SSLContext, host: str) -> None:
@@ -263,7 +268,7 @@ class _Stream:
 
     async def close(self) -> None:
         """Close it, whether or not the caller is cancelled."""
-        with anyio.CancelScope(shield=True), anyio.move_on_after(1):
+        with anyio.CancelScope(shield=True):
             await self._stream.aclose()
 
     def is_readable(self) -> bool:
@@ -287,10 +292,10 @@ class _Stream:
         return False
 
 
-async def _connect(family: int, address: Any) -> SocketStream:
+async def _connect(family: int, address: Any) -> _Stream:
     """Connect to one address."""
-    with ExitStack() as stack:
-        sock = stack.enter_context(socket.socket(family, socket.SOCK_STREAM))
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         with suppress(BlockingIOError):
@@ -298,10 +303,11 @@ async def _connect(family: int, address: Any) -> SocketStream:
         await anyio.wait_writable(sock)
         failure = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if failure:
-            raise OSError(failure, os.strerror(failure))
-        stream = await SocketStream.from_socket(sock)
-        stack.pop_all()  # it is the stream's now
-        return stream
+            raise OSError(failure, os.strerror(failure))  # noqa: TRY301 - to close the socket
+        return _Stream(await SocketStream.from_socket(sock), sock)
+    except BaseException:
+        sock.close()
+        raise
 
 
 @contextmanager

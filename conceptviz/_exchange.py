@@ -103,13 +103,21 @@ class LoopBound(Generic[T]):
         Raises:
             InvalidRequestError: The client was closed.
         """
-        if self._closed:
-            raise InvalidRequestError("The client is closed: make a new one. Nothing was sent.")
+        self.check()
         token = anyio.lowlevel.current_token()
         if token is not self._token and token != self._token:
             self._token = token
             self._thing = self._make()
         return self._thing
+
+    def check(self) -> None:
+        """Refuse to go on if the client was closed.
+
+        Raises:
+            InvalidRequestError: It was.
+        """
+        if self._closed:
+            raise InvalidRequestError("The client is closed: make a new one. Nothing was sent.")
 
     async def aclose(self) -> None:
         """Close it; whatever is asked of it afterwards is refused."""

@@ -44,6 +44,10 @@ logger = logging.getLogger("conceptviz")
 
 # Seconds without a new item after which a batch is sent that is not full.
 _PAUSE = 0.1
+# What part of the looks there may be while submits go as fast as they may, and until they are late by so many times the
+# longest time between two.
+_FEW = 8
+_LATE = 2.0
 
 
 @define(eq=False, repr=False, weakref_slot=False)
@@ -142,7 +146,7 @@ class Run:
             with self._scope:
                 async with anyio.create_task_group() as tasks:
                     self._tasks = tasks
-                    self._board: Board[_Flight] = Board(tasks, self._core.transport.most_looks, self._ended)
+                    self._board: Board[_Flight] = Board(tasks, self._most_looks, self._ended)
                     tasks.start_soon(self._draw)
                     await self._submit_all()
                     while self._unfinished:
@@ -218,6 +222,18 @@ class Run:
             return 0
         submits = self._core.transport.most_submits - self._submitting
         return max(0, submits if self._refusal is not None else min(submits, options.max_in_flight - self._unfinished))
+
+    def _most_looks(self) -> int:
+        """Return how many looks may be under way: few of them while submits go as fast as they may.
+
+        A submit that comes later has its task end later; a look that comes later finds what has ended all the same. But
+        nobody is to wait for long to hear of it.
+        """
+        transport = self._core.transport
+        is_submitting = 2 * self._submitting > transport.most_submits
+        if not is_submitting or self._board.is_late(_LATE * self._core.poller.polling.max_interval):
+            return transport.most_looks
+        return max(1, transport.most_looks // _FEW)
 
     async def _next_batch(self) -> Batch | None:
         """Wait for a batch that is full, or that nothing is added to for a moment; None when there will be no more."""

@@ -29,7 +29,7 @@ def decode_json(body: bytes) -> Any:
         raise ValueError("too large")
     try:
         text = body.decode("utf-8-sig")
-        value = json.loads(text, parse_constant=_refuse_number, parse_float=_finite, object_pairs_hook=_unique_keys)
+        value = _DECODER.decode(text)
         if "\\u" in text:
             json.dumps(value, ensure_ascii=False).encode()
     except RecursionError:
@@ -64,6 +64,10 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(value) < len(pairs):
         raise ValueError("a key stands twice in one object")
     return value
+
+
+# Made once: that takes as long as an answer to a look.
+_DECODER = json.JSONDecoder(parse_constant=_refuse_number, parse_float=_finite, object_pairs_hook=_unique_keys)
 
 
 def read_mapping(body: bytes) -> dict[str, Any]:

@@ -320,14 +320,14 @@ class Board(Generic[W]):
 
     Args:
         tasks: Where the workers run, until it is cancelled.
-        most: How many there may be.
+        most: How many there may be, asked again and again.
         ended: Awaited with each task that has ended, or that is not waited for any longer, and with why.
     """
 
     def __init__(
         self,
         tasks: anyio.abc.TaskGroup,
-        most: int,
+        most: Callable[[], int],
         ended: Callable[[W, TaskState | ConceptVizError], Awaitable[None]],
     ) -> None:
         self._tasks = tasks
@@ -348,35 +348,46 @@ class Board(Generic[W]):
         if not self._workers:
             self._hire()
 
+    def is_late(self, seconds: float) -> bool:
+        """Say whether a look has been due for longer than that."""
+        return bool(self._heap) and anyio.current_time() - self._heap[0][0] > seconds
+
     def _hire(self) -> None:
         self._workers += 1
         self._tasks.start_soon(self._work)
 
     async def _work(self) -> None:
-        while True:
-            self._idle += 1
-            async with self._lead:  # one waits for the next that is due, the others for their turn to
-                waiting = await self._next()
-            self._idle -= 1
+        while (waiting := await self._next()) is not None:
             try:
                 state = await waiting.looks.look()
-            except ConceptVizError as error:
+            except ConceptVizError as error:  # noqa: PERF203 - a try is what a look is
                 await self._ended(waiting, error)
             else:
                 if state is not None and state.is_terminal:
                     await self._ended(waiting, state)
                 else:
                     self.push(waiting)
+        self._workers -= 1
 
-    async def _next(self) -> W:
+    async def _next(self) -> W | None:
+        """Wait for the next that is due; None for a worker too many."""
+        self._idle += 1
+        async with self._lead:  # one waits for what is due, the others for their turn to
+            waiting = await self._due()
+        self._idle -= 1
+        return waiting
+
+    async def _due(self) -> W | None:
         while True:
             now, due = anyio.current_time(), self._heap[0][0] if self._heap else math.inf
             if due <= now:
+                if self._workers > self._most():
+                    return None
                 waiting = heappop(self._heap)[2]
                 if waiting.looks.put_off(now):
                     self.push(waiting)
                     continue
-                if self._heap and self._heap[0][0] <= now and self._idle == 1 and self._workers < self._most:
+                if self._heap and self._heap[0][0] <= now and self._idle == 1 and self._workers < self._most():
                     self._hire()
                 return waiting
             with anyio.move_on_after(due - now):

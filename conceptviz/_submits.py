@@ -183,8 +183,11 @@ class _Submit:
         """Submit, again and again where that is safe, until it is paid, refused or unknown, or is to stop."""
         self._stake = stake
         # Before anything is written down: an INTENT has a time limit, and a queue may be long.
-        async with self._submits.transport.turn():
+        turns = await self._submits.transport.take_turn()
+        try:
             return await self._run()
+        finally:
+            turns.give_back("submit")
 
     async def _run(self) -> Paid:
         try:

@@ -13,8 +13,7 @@ from __future__ import annotations
 import logging
 import ssl
 import zlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Mapping
 from random import Random
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -177,16 +176,12 @@ class Transport:
         """How many looks may be under way at once."""
         return share_of(self._max_connections)
 
-    @asynccontextmanager
-    async def turn(self) -> AsyncIterator[None]:
-        """Wait until a submit may be under way, and hold its place."""
+    async def take_turn(self) -> Turns:
+        """Wait until a submit may be under way, and take its place; it is to be given back."""
         turns = self._line.get().turns
         await anyio.lowlevel.checkpoint()  # nothing is begun for a caller who is cancelled already
         await turns.take("submit")
-        try:
-            yield
-        finally:
-            turns.give_back("submit")
+        return turns
 
     async def submit(
         self,
@@ -302,7 +297,7 @@ class Transport:
         before_first_byte: Callable[[], Awaitable[None]] | None = None,
     ) -> Answer | _Unanswered:
         """Send one request and read its answer to the end, within the timeout."""
-        self._line.get()  # refuses if the client was closed while the caller waited for a turn or a slot
+        self._line.check()  # refuses if the client was closed while the caller waited for a turn or a slot
         steps: list[str] = []
         reason = ""
         never_sent = not carrier.is_traced
@@ -351,10 +346,10 @@ class Transport:
 
     def _answer(self, received: Received) -> Answer:
         """Make the answer, without the key should the service have repeated it."""
-        key = self._key.reveal()
-        headers = {name: value.replace(key, repr(self._key)) for name, value in received.headers.items()}
+        key, mask = self._key.reveal(), repr(self._key)
+        headers = {name: value.replace(key, mask) for name, value in received.headers.items()}
         body = _decoded(bytes(received.body), headers.get("content-encoding", ""))
-        return Answer(received.status_code, headers, body.replace(key.encode(), repr(self._key).encode()))
+        return Answer(received.status_code, headers, body.replace(key.encode(), mask.encode()))
 
 
 async def _keep(pace: Pace) -> None:
