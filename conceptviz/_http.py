@@ -42,7 +42,9 @@ _READ = 256 * 1024
 @functools.cache
 def ssl_context() -> ssl.SSLContext:
     """Build the SSL context once: it takes longer than the rest of a client."""
-    return httpx.create_ssl_context()
+    context = httpx.create_ssl_context()
+    context.set_alpn_protocols(["http/1.1"])  # as httpx says it, for connections that are not made by httpx
+    return context
 
 
 def open_http_client(

@@ -40,7 +40,7 @@ def build_head(call: ApiCall, *, host: str, base_path: str, authorization: str) 
     )
     if call.content_type is not None:
         head += f"Content-Type: {call.content_type}\r\nContent-Length: {call.content_length}\r\n"
-    return (head + "\r\n").encode("latin-1")
+    return (head + "\r\n").encode("ascii")
 
 
 class AnswerReader:

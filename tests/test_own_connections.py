@@ -657,6 +657,7 @@ class Ciphered:
     def __init__(self, connection: Connection, authority: trustme.CA, *, asks: bool = False) -> None:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         authority.issue_cert("127.0.0.1").configure_cert(context)
+        context.set_alpn_protocols(["h2", "http/1.1"])
         if asks:
             context.verify_mode = ssl.CERT_REQUIRED
         self.connection = connection
@@ -665,6 +666,7 @@ class Ciphered:
 
     def shake(self) -> None:
         self._through(self._tls.do_handshake)
+        self.protocol = self._tls.selected_alpn_protocol()
 
     def read(self) -> bytes:
         """Read a request without a body."""
@@ -725,6 +727,32 @@ async def test_what_lies_deciphered_behind_an_answer(
             assert len(ways._idle) == kept
         await ways.aclose()
     assert heard == ([1, 1] if kept else [1, 2])
+
+
+@pytest.mark.anyio
+async def test_which_http_is_spoken_is_agreed_on(
+    authority: trustme.CA, context: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A service that could speak HTTP/2 is told not to."""
+    agreed: list[str | None] = []
+
+    def behave(connection: Connection) -> None:
+        tls = Ciphered(connection, authority)
+        tls.shake()
+        agreed.append(tls.protocol)
+        tls.read()
+        connection.send(tls.records(b'HTTP/1.1 200 OK\r\nContent-Length: 21\r\n\r\n{"status": "pending"}'))
+
+    monkeypatch.setattr(httpx, "create_ssl_context", lambda: context)
+    _http.ssl_context.cache_clear()
+    try:
+        with RawServer(behave) as server:
+            url = f"https://127.0.0.1:{server.port}/api/v1"
+            async with AsyncConceptViz(KEY, base_url=url, timeout=5.0, retries=QUICK) as cv:
+                assert (await cv.task(TASK).status()).status == "pending"
+    finally:
+        _http.ssl_context.cache_clear()
+    assert agreed == ["http/1.1"]
 
 
 @pytest.mark.anyio
