@@ -78,7 +78,7 @@ class _Sink:
         self._hash = hashlib.sha256()
         self._parts: list[bytes] = []
         self._held = 0
-        self._blocks: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        self._blocks: queue.SimpleQueue[list[bytes]] = queue.SimpleQueue()
         self._written = threading.Semaphore(2)
         self._failure: Exception | None = None
         self.size = 0
@@ -96,8 +96,8 @@ class _Sink:
     ) -> None:
         if self._file is not None:
             if exc is None:
-                self._blocks.put(self.content)
-            self._blocks.put(b"")
+                self._blocks.put(self._parts)
+            self._blocks.put([])
             # The file may only be closed, or begun anew, when nobody writes to it any more.
             with anyio.CancelScope(shield=True):
                 await to_thread.run_sync(self._thread.join)
@@ -122,7 +122,7 @@ class _Sink:
                 raise self._failure
             if not self._written.acquire(blocking=False):
                 await to_thread.run_sync(self._written.acquire)
-            self._blocks.put(self.content)
+            self._blocks.put(self._parts)
             self._parts, self._held = [], 0
 
     def _write(self, file: IO[bytes]) -> None:
@@ -130,10 +130,11 @@ class _Sink:
         while block := self._blocks.get():
             if self._failure is None:
                 try:
-                    file.write(block)
+                    for part in block:
+                        file.write(part)
                 except Exception as error:  # noqa: BLE001 - raised where it is waited for
                     self._failure = error
-            block = b""  # written, and not held until the next one
+            block = []  # written, and not held until the next one
             self._written.release()
 
     @property
