@@ -132,10 +132,9 @@ def _import_everything() -> None:
         "anyio._backends._asyncio",
         "anyio._backends._trio",
         "conceptviz._client",
+        "conceptviz._connections",
         "conceptviz._database",
-        "h11",
-        "httpcore._backends.anyio",
-        "httpcore._backends.trio",
+        "conceptviz._httpcore",
     ):
         importlib.import_module(name)
     logging.getLogger("conceptviz").addHandler(logging.NullHandler())
