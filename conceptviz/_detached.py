@@ -63,32 +63,39 @@ async def to_the_end(work: Callable[[Stake], Awaitable[T]]) -> T:
         # Its Ctrl-C is raised in whatever is running, which could be in the middle of reading an answer.
         run = trio.lowlevel.enable_ki_protection(run)
     interruption: BaseException | None = None
-    async with anyio.create_task_group() as tasks:
-        tasks.start_soon(run)
-        try:
-            await done.wait()
-        except BaseException as error:  # noqa: BLE001 - it is raised below, when the work has ended
-            interruption = error
-            stake.is_stopped = True
-            shield.deadline = anyio.current_time() + (GRACE if stake.is_held else 0.0)
-            with anyio.CancelScope(shield=True):
-                # asyncio cancels every task when its loop ends: one that has not begun then never does, nor says so.
-                while has_begun and not done.is_set():
-                    try:
-                        await done.wait()
-                    except anyio.get_cancelled_exc_class():  # noqa: PERF203 - a loop of two turns
-                        pass  # to be cancelled once more, by the event loop itself, changes nothing
-                    except BaseException as error:  # noqa: BLE001 - a second Ctrl-C on trio: that ends it at once
-                        interruption = error
-                        shield.cancel()
+    try:
+        async with anyio.create_task_group() as tasks:
+            try:
+                tasks.start_soon(run)
+                await done.wait()
+            except BaseException as error:  # noqa: BLE001 - it is raised below, when the work has ended
+                interruption = error
+                stake.is_stopped = True
+                shield.deadline = anyio.current_time() + (GRACE if stake.is_held else 0.0)
+                with anyio.CancelScope(shield=True):
+                    # asyncio cancels every task when its loop ends: one that has not begun never does, nor says so.
+                    while has_begun and not done.is_set():
+                        try:
+                            await done.wait()
+                        except anyio.get_cancelled_exc_class():  # noqa: PERF203 - a loop of two turns
+                            pass  # to be cancelled once more, by the event loop itself, changes nothing
+                        except BaseException as error:  # noqa: BLE001 - a second Ctrl-C on trio: that ends it at once
+                            interruption = error
+                            shield.cancel()
+    except BaseException as error:  # noqa: BLE001 - a Ctrl-C on trio, between two of these lines
+        interruption = interruption or error
     if interruption is not None:
-        raise interruption
+        raise _alone(interruption)
     if errors:
-        raised = errors[0]
-        while len(inner := tuple(getattr(raised, "exceptions", ()))) == 1:
-            raised = inner[0]  # trio's Ctrl-C comes in a group when it meets a task of the HTTP library's own
-        raise raised
+        raise _alone(errors[0])
     return values[0]
+
+
+def _alone(error: BaseException) -> BaseException:
+    """Return the one error of a group: trio's Ctrl-C comes in one where it meets a group of tasks."""
+    while len(inner := tuple(getattr(error, "exceptions", ()))) == 1:
+        error = inner[0]
+    return error
 
 
 def spawn(work: Callable[[], Coroutine[Any, Any, None]]) -> object:

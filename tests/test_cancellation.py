@@ -9,6 +9,7 @@ import asyncio
 import gc
 import inspect
 import signal
+import sys
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterator
 from pathlib import Path
@@ -36,6 +37,9 @@ from conceptviz import (
     _detached,
 )
 from conceptviz._detached import Stake, to_the_end
+
+if sys.version_info < (3, 11):
+    from exceptiongroup import BaseExceptionGroup
 
 ACCEPTED, REJECTED = AttemptState.ACCEPTED, AttemptState.REJECTED
 NOT_SENT, UNKNOWN = AttemptState.NOT_SENT, AttemptState.UNKNOWN
@@ -685,6 +689,35 @@ class TestToTheEnd:
             return trio.lowlevel.currently_ki_protected()
 
         assert anyio.run(to_the_end, work, backend="trio")
+
+    @pytest.mark.parametrize("where", ["start_soon", "__aexit__"])
+    @pytest.mark.parametrize("backend", ["asyncio", "trio"])
+    def test_a_ctrl_c_around_the_work_comes_alone(
+        self, where: str, backend: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Trio raises it anywhere, and a group of tasks makes a group of it."""
+
+        async def work(stake: Stake) -> None:
+            """End at once."""
+
+        async def main() -> None:
+            group = type(anyio.create_task_group())
+            method = getattr(group, where)
+
+            def interrupt(*_: object) -> None:
+                monkeypatch.undo()
+                raise KeyboardInterrupt
+
+            async def interrupted_end(*arguments: object) -> None:
+                monkeypatch.undo()
+                await method(*arguments)
+                raise BaseExceptionGroup("", [BaseExceptionGroup("", [KeyboardInterrupt()])])
+
+            monkeypatch.setattr(group, where, interrupt if where == "start_soon" else interrupted_end)
+            with pytest.raises(KeyboardInterrupt):
+                await to_the_end(work)
+
+        anyio.run(main, backend=backend)
 
     def test_a_second_ctrl_c_on_trio_leaves_at_once(self) -> None:
         """The first is the scope's; the second is raised in the main task, where it waits for the work."""
