@@ -144,11 +144,11 @@ async def _receive(stream: _Stream, received: Received, trace: Trace | None) -> 
                 raise RemoteProtocolError
             is_whole = reader.feed(data)
     except NotPlainError:
-        from ._httpcore import ERRORS, read_again  # takes longer to load than all the rest
+        from ._httpcore import UnreadableError, read_again  # takes longer to load than all the rest
 
         try:
             await read_again(bytes(reader.came), stream.receive, received, limit=MAX_ANSWER_BYTES)
-        except ERRORS as error:
+        except UnreadableError as error:
             raise RemoteProtocolError from error
         return False
     # A read that was filled may have left something behind, in a buffer of the event loop's.

@@ -58,8 +58,8 @@ class AnswerReader:
         self.came = bytearray()
         self.is_last = False
         self._received = received
-        self._at = 0  # up to where it is read
-        self._left = 0  # bytes to come of the body, or of a chunk
+        self._at: int  # up to where it is read, once the head is
+        self._left: int  # bytes to come of the body, or of a chunk
         self._is_chunked = self._is_behind_chunk = False
 
     @property
@@ -107,9 +107,8 @@ class AnswerReader:
         if len(framing) != 1:
             raise NotPlainError
         [(name, value)] = framing
-        if name == "transfer-encoding":
-            self._is_chunked = value == "chunked"
-        if not self._is_chunked and (name == "transfer-encoding" or not _LENGTH.fullmatch(value)):
+        self._is_chunked = name == "transfer-encoding"
+        if not (value == "chunked" if self._is_chunked else _LENGTH.fullmatch(value)):
             raise NotPlainError
         self._left = 0 if self._is_chunked else int(value)
         self._at = end + 4
@@ -127,8 +126,6 @@ class AnswerReader:
         came = self.came
         while True:
             self._read_body()
-            if self._left:
-                return False
             if self._is_behind_chunk:
                 if not self._passes_line_end():
                     return False

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 
-import anyio
 import httpcore
 
 from ._exchange import Received, finish
 
-ERRORS = (httpcore.NetworkError, httpcore.ProtocolError)
+# What httpcore raises for an answer that it cannot read either.
+UnreadableError = httpcore.ProtocolError
 _ANY_URL = httpcore.URL(b"http://api/")
 
 
@@ -26,7 +26,8 @@ async def read_again(came: bytes, read: Callable[[], Awaitable[bytes]], received
         limit: The size in bytes.
 
     Raises:
-        Exception: One of `ERRORS`, or what `read` raises.
+        UnreadableError: It is none.
+        Exception: Whatever `read` raises.
     """
     received.status_code, received.headers = 0, {}
     received.body.clear()
@@ -35,17 +36,11 @@ async def read_again(came: bytes, read: Callable[[], Awaitable[bytes]], received
     received.status_code = response.status
     received.headers = {k.decode("latin-1").lower(): v.decode("latin-1") for k, v in response.headers}
     chunks = aiter(response.aiter_stream())
-    is_whole = False
-    try:
-        async for chunk in chunks:
-            received.body += chunk
-            if len(received.body) > limit:
-                return
-        is_whole = True
-    finally:
-        if not is_whole:
-            with anyio.CancelScope(shield=True), anyio.move_on_after(1):
-                await finish(chunks, ERRORS)
+    async for chunk in chunks:
+        received.body += chunk
+        if len(received.body) > limit:
+            await finish(chunks, (UnreadableError,))
+            return
 
 
 class _Again(httpcore.AsyncNetworkStream):

@@ -274,6 +274,32 @@ async def test_the_steps_of_an_exchange() -> None:
 
 
 @pytest.mark.anyio
+async def test_the_steps_of_a_large_upload_over_tls(authority: trustme.CA, context: ssl.SSLContext) -> None:
+    async def trace(step: str, _: object) -> None:
+        steps.append(step)
+
+    def behave(connection: Connection) -> None:
+        tls = Ciphered(connection, authority)
+        tls.shake()
+        tls.read()
+
+    steps: list[str] = []
+    with RawServer(behave) as server:
+        ways = connections(server, context=context, keep_alive=False)
+        call = ApiCall("POST", "/edit", "multipart/form-data", (bytes(PIECE), b"x"))
+        with pytest.raises(ways.errors):
+            await ways.exchange(call, "Bearer x", Received(), trace)
+        await ways.aclose()
+    assert steps == [
+        "connection.connect_tcp.started",
+        "connection.start_tls.started",
+        "http11.send_request_headers.started",
+        "http11.send_request_body.started",
+        "http11.receive_response_headers.started",
+    ]
+
+
+@pytest.mark.anyio
 async def test_an_answer_without_an_end_is_not_read_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_connections, "MAX_ANSWER_BYTES", 1000)
 
@@ -384,6 +410,26 @@ def test_a_connection_has_half_the_time_of_an_exchange(monkeypatch: pytest.Monke
         return anyio.current_time() - start
 
     assert in_virtual_time(main) == 4.0
+
+
+@pytest.mark.parametrize(("timeout", "taken"), [(8.0, 1.0 + 4.0), (1.0, 0.25 + 0.5)])
+def test_an_address_has_a_second_and_no_more_than_half_of_the_time(
+    timeout: float, taken: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then there is still time for another."""
+    monkeypatch.setattr(anyio, "connect_tcp", lambda *_: anyio.sleep_forever())
+    monkeypatch.setattr(anyio, "wait_writable", lambda _: anyio.sleep_forever())
+
+    async def main() -> float:
+        ways = Connections("http://localhost/v1", context=None, timeout=timeout, keep_alive=True)
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            ways._way._known = socket.AF_INET, server.getsockname(), anyio.current_time() + 1
+            start = anyio.current_time()
+            with pytest.raises(ConnectTimeout):
+                await ways.exchange(build_look("a-task"), f"Bearer {KEY}", Received(), None)
+            return anyio.current_time() - start
+
+    assert in_virtual_time(main) == taken
 
 
 @pytest.mark.anyio
@@ -629,14 +675,17 @@ async def test_closing_while_tcp_is_agreed(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.anyio
-async def test_after_the_end_no_connection_is_made() -> None:
+@pytest.mark.parametrize("used", [False, True])
+async def test_after_the_end_no_connection_is_made(used: bool) -> None:
     """For who had its turn before the end came, and comes to use it afterwards."""
     with RawServer(saying(WHOLE)) as server:
         ways = connections(server)
+        if used:
+            await look(ways)
         await ways.aclose()
         with pytest.raises(ConnectError):
             await look(ways)
-    assert server.connections == 0
+    assert server.connections == used
 
 
 @pytest.fixture(scope="module", name="authority")
