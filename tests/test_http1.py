@@ -314,3 +314,10 @@ def test_of_what_httpcore_cannot_read_nothing_is_left() -> None:
 def test_the_headers_that_httpcore_reads() -> None:
     received = read_again(b"HTTP/1.0 502 \xe9\r\nX-Name: \xe9 b\r\nContent-Length: 0\r\n\r\n")
     assert (received.status_code, received.headers) == (502, {"x-name": "\xe9 b", "content-length": "0"})
+
+
+def test_what_comes_behind_too_much_is_not_looked_at() -> None:
+    """Though it be garbled."""
+    head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+    received = read_again(head + b"14\r\n" + b"x" * 20 + b"\r\nno size\r\n", limit=10)
+    assert received.body == b"x" * 20

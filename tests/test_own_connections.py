@@ -561,6 +561,8 @@ async def test_connecting_never_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(socket, "socket", Watched)
         stream = await _connections._connect(socket.AF_INET, ("127.0.0.1", server.port))
         monkeypatch.undo()
+        # asyncio leaves it out where the socket is not said to be one of TCP.
+        assert stream._socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
         await stream.close()
 
 
