@@ -11,12 +11,25 @@ import anyio
 import httpcore
 import httpx
 import pytest
-from helpers import KEY, QUICK, RECEIPT, RUNNING, TASK, answer, assert_no_key, client, in_virtual_time, raw_client
+from helpers import (
+    KEY,
+    QUICK,
+    RECEIPT,
+    RUNNING,
+    TASK,
+    answer,
+    assert_no_key,
+    client,
+    in_virtual_time,
+    raw_client,
+    silence,
+)
 from raw_server import Connection, RawServer, answering
 
 from conceptviz import (
     AsyncConceptViz,
     GenerateRequest,
+    InvalidRequestError,
     NotSentError,
     RateLimitedError,
     Retries,
@@ -39,10 +52,10 @@ class Reporting:
     """A carrier that reports what it is told to, and never gets an answer."""
 
     errors: tuple[type[Exception], ...] = (httpx.ReadError,)
-    is_traced = True
 
-    def __init__(self, *steps: str) -> None:
+    def __init__(self, *steps: str, is_traced: bool = True) -> None:
         self._steps = steps
+        self.is_traced = is_traced
 
     async def exchange(self, call: ApiCall, authorization: str, received: Received, trace: Trace | None) -> None:
         assert trace is not None
@@ -73,6 +86,81 @@ async def test_the_first_byte_is_announced_once(monkeypatch: pytest.MonkeyPatch)
         with pytest.raises(SubmissionUnknownError):
             await sent_by(cv, before)
     assert announced == ["now"]
+
+
+async def test_the_first_byte_is_announced_once_by_a_transport_that_is_not_known_to_report_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is announced before the transport is called, whatever it then reports."""
+    announced = list[str]()
+    cv = AsyncConceptViz(KEY)
+    carrier = Reporting("http11.send_request_headers.started", is_traced=False)
+    monkeypatch.setattr(Transport, "_carrier", lambda *_, **__: carrier)
+
+    async def before() -> None:
+        announced.append("now")
+
+    async with cv:
+        with pytest.raises(SubmissionUnknownError):
+            await sent_by(cv, before)
+    assert announced == ["now"]
+
+
+async def test_the_last_step_is_the_last_that_was_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not the closing, which comes of the failure."""
+    begun = "http11.receive_response_headers.started"
+    carrier = Reporting(
+        "http11.send_request_headers.started",
+        begun,
+        "http11.receive_response_headers.failed",
+        "http11.response_closed.started",
+        "http11.response_closed.complete",
+    )
+    monkeypatch.setattr(Transport, "_carrier", lambda *_, **__: carrier)
+    async with AsyncConceptViz(KEY) as cv:
+        with pytest.raises(SubmissionUnknownError) as caught:
+            await cv.submit("a")
+    assert caught.value.last_step == begun
+
+
+async def test_who_waited_for_a_place_in_a_client_that_is_closed_sends_nothing() -> None:
+    """Though there is a place in the end."""
+    cv, script = client(silence, max_connections=1)
+    caught: list[Exception] = []
+
+    async def wait() -> None:
+        try:
+            await cv.task(TASK).status()
+        except InvalidRequestError as error:
+            caught.append(error)
+
+    async with anyio.create_task_group() as second, anyio.create_task_group() as first:
+        first.start_soon(cv.task(TASK).status)
+        await anyio.wait_all_tasks_blocked()
+        second.start_soon(wait)
+        await anyio.wait_all_tasks_blocked()
+        await cv.aclose()
+        first.cancel_scope.cancel()
+    assert script.count == 1
+    [error] = caught
+    assert "closed" in str(error)
+
+
+def test_errors_that_come_of_each_other_are_cut_off_once() -> None:
+    """A loop of them is no endless one."""
+    one, other = raised("one"), raised("other")
+    one.__cause__, other.__cause__ = other, one
+    one.__context__ = raised("context")
+    _transport._cut_off(one)
+    assert one.__traceback__ is other.__traceback__ is None
+    assert one.__context__ is None
+    assert one.__cause__ is other
+
+
+def raised(text: str) -> RuntimeError:
+    with pytest.raises(RuntimeError) as caught:
+        raise RuntimeError(text)
+    return caught.value
 
 
 async def test_a_timeout_before_the_first_byte_is_nothing_sent() -> None:
