@@ -136,7 +136,7 @@ async def _receive(stream: _Stream, received: Received, trace: Trace | None) -> 
     if trace is not None:
         await trace("http11.receive_response_headers.started", {})
     reader = AnswerReader(received)
-    is_whole = False
+    data, is_whole = b"", False
     try:
         while not is_whole and len(received.body) <= MAX_ANSWER_BYTES:
             data = await stream.receive()

@@ -6,12 +6,13 @@ the ledger of the raw server in `faults`.
 """
 
 import asyncio
+import builtins
 import gc
 import inspect
 import signal
-import sys
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +39,11 @@ from conceptviz import (
 )
 from conceptviz._detached import Stake, to_the_end
 
-if sys.version_info < (3, 11):
-    from exceptiongroup import BaseExceptionGroup
-
 ACCEPTED, REJECTED = AttemptState.ACCEPTED, AttemptState.REJECTED
 NOT_SENT, UNKNOWN = AttemptState.NOT_SENT, AttemptState.UNKNOWN
+
+# Python 3.10 has it from a package that trio needs there.
+Group: Any = getattr(builtins, "BaseExceptionGroup", None) or import_module("exceptiongroup").BaseExceptionGroup
 
 BACKENDS = pytest.mark.parametrize("backend", ["asyncio", "trio"])
 
@@ -711,7 +712,7 @@ class TestToTheEnd:
             async def interrupted_end(*arguments: object) -> None:
                 monkeypatch.undo()
                 await method(*arguments)
-                raise BaseExceptionGroup("", [BaseExceptionGroup("", [KeyboardInterrupt()])])
+                raise Group("", [Group("", [KeyboardInterrupt()])])
 
             monkeypatch.setattr(group, where, interrupt if where == "start_soon" else interrupted_end)
             with pytest.raises(KeyboardInterrupt):

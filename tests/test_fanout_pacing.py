@@ -69,12 +69,12 @@ def test_looks_are_few_while_submits_go_as_fast_as_they_may() -> None:
     """But only for as long as nobody has to wait for long: then they have what submits leave them."""
 
     async def main() -> list[int]:
-        service = Service(look_seconds=0.5)
+        service, found = Service(look_seconds=0.5), list[int]()
         async with service.client() as cv:
             outcomes = cv.generate_many(map(str, range(200)), batch_size=1, max_in_flight=1000)
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(take, outcomes)
-                found = [await service.most_from_now(10)]
+                found.append(await service.most_from_now(10))
                 assert service.submits == FIRST + SUBMITS
                 assert service.looks > 5
                 # Thirty looks every five seconds or less, one after the other, take longer than that: they become late.
@@ -97,7 +97,7 @@ def test_workers_that_have_left_come_back() -> None:
     """A burst of submits in the middle of a run: before it and after it there are as many looks as it takes."""
 
     async def main() -> list[int]:
-        service = Service(look_seconds=1.0)
+        service, found = Service(look_seconds=1.0), list[int]()
         later = anyio.Event()
 
         async def items() -> AsyncIterator[str]:
@@ -112,7 +112,7 @@ def test_workers_that_have_left_come_back() -> None:
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(take, outcomes)
                 await anyio.sleep(10)
-                found = [await service.most_from_now(10)]
+                found.append(await service.most_from_now(10))
                 later.set()
                 await anyio.sleep(2)
                 found.append(await service.most_from_now(5))
