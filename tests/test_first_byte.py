@@ -72,29 +72,22 @@ async def sent_by(cv: AsyncConceptViz, before: Callable[[], Awaitable[None]]) ->
     return await cv._core.transport.submit(build_generate(request), request, before)
 
 
-async def test_the_first_byte_is_announced_once(monkeypatch: pytest.MonkeyPatch) -> None:
+FIRST_BYTE = "http11.send_request_headers.started"
+
+
+@pytest.mark.parametrize(
+    "carrier",
+    [
+        Reporting("connection.connect_tcp.started", FIRST_BYTE, "http11.send_request_headers.complete", FIRST_BYTE),
+        # Before it is called, whatever it then reports.
+        Reporting(FIRST_BYTE, is_traced=False),
+    ],
+    ids=["known to report", "not known to"],
+)
+async def test_the_first_byte_is_announced_once(carrier: Reporting, monkeypatch: pytest.MonkeyPatch) -> None:
     """However often a transport says that it begins."""
-    first, announced = "http11.send_request_headers.started", list[str]()
-    cv = AsyncConceptViz(KEY)
-    carrier = Reporting("connection.connect_tcp.started", first, "http11.send_request_headers.complete", first)
-    monkeypatch.setattr(Transport, "_carrier", lambda *_, **__: carrier)
-
-    async def before() -> None:
-        announced.append("now")
-
-    async with cv:
-        with pytest.raises(SubmissionUnknownError):
-            await sent_by(cv, before)
-    assert announced == ["now"]
-
-
-async def test_the_first_byte_is_announced_once_by_a_transport_that_is_not_known_to_report_it(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """It is announced before the transport is called, whatever it then reports."""
     announced = list[str]()
     cv = AsyncConceptViz(KEY)
-    carrier = Reporting("http11.send_request_headers.started", is_traced=False)
     monkeypatch.setattr(Transport, "_carrier", lambda *_, **__: carrier)
 
     async def before() -> None:
@@ -110,7 +103,7 @@ async def test_the_last_step_is_the_last_that_was_begun(monkeypatch: pytest.Monk
     """And not the closing, which comes of the failure."""
     begun = "http11.receive_response_headers.started"
     carrier = Reporting(
-        "http11.send_request_headers.started",
+        FIRST_BYTE,
         begun,
         "http11.receive_response_headers.failed",
         "http11.response_closed.started",
