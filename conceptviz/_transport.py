@@ -360,12 +360,18 @@ async def _keep(pace: Pace) -> None:
             return
 
 
-def _cut_off(error: BaseException | None) -> None:
+def _cut_off(error: BaseException) -> None:
     """Cut an error off from the way it came and from what it came of: frames of the HTTP library hold the key."""
-    while error is not None and error.__traceback__ is not None:
-        error.__traceback__ = None
-        error.__context__ = None  # such as the broken connection that was being closed as the cancellation came
-        error = error.__cause__
+    pending: list[BaseException | None] = [error]
+    while pending:
+        one = pending.pop()
+        if one is not None and one.__traceback__ is not None:
+            one.__traceback__ = None
+            # What it came of may be the broken connection that was being closed as it was raised. A cancellation stays:
+            # anyio looks for its own there.
+            if not isinstance(one.__context__, anyio.get_cancelled_exc_class()):
+                one.__context__ = None
+            pending += [one.__context__, one.__cause__]
 
 
 def _decoded(body: bytes, encoding: str) -> bytes:

@@ -139,7 +139,7 @@ async def test_who_waited_for_a_place_in_a_client_that_is_closed_sends_nothing()
     assert "closed" in str(error)
 
 
-def test_errors_that_come_of_each_other_are_cut_off_once() -> None:
+async def test_errors_that_come_of_each_other_are_cut_off_once() -> None:
     """A loop of them is no endless one."""
     one, other = raised("one"), raised("other")
     one.__cause__, other.__cause__ = other, one

@@ -873,6 +873,25 @@ async def test_a_cancellation_that_meets_a_broken_connection_does_not_lead_to_th
     assert_no_key(error)
 
 
+def test_a_timeout_is_known_as_one_though_its_cancellation_was_raised_anew() -> None:
+    """As frameworks on asyncio do: anyio looks for its own among what a cancellation comes of."""
+
+    async def passes_on(_: httpx.Request) -> httpx.Response:
+        try:
+            await anyio.sleep_forever()
+        except asyncio.CancelledError:
+            raise asyncio.CancelledError  # noqa: B904 - without saying of what
+        raise AssertionError
+
+    async def main() -> None:
+        cv, _ = client(passes_on, timeout=0.02, retries=Retries(attempts=1))
+        async with cv:
+            with pytest.raises(PollInterruptedError):
+                await cv.task(TASK).status()
+
+    asyncio.run(main())
+
+
 async def test_what_a_foreign_error_comes_of_does_not_lead_to_the_key() -> None:
     """M64: whatever a transport of the caller's raises is his to see, its cause too, and not by way of the request."""
 
