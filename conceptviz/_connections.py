@@ -249,7 +249,7 @@ class _Stream:
         stream = await TLSStream.wrap(
             self._stream, hostname=host, ssl_context=context, standard_compatible=False, server_side=False
         )
-        self._stream, self._tls = stream, stream.extra(TLSAttribute.ssl_object)  # noqa: S610
+        self._stream, self._tls = stream, stream.extra(TLSAttribute.ssl_object)  # noqa: S610 - likewise
 
     async def send(self, data: bytes) -> None:
         try:
